@@ -1,0 +1,34 @@
+from engine.kernels cimport kernels, op_fn, step
+from engine.tensor cimport Tensor
+from libc.stdint cimport int64_t
+
+
+cdef class Node:
+    cdef readonly tuple inputs      # tensors read
+    cdef readonly tuple outputs     # tensors written; may be external (a cache, a gradient) or accumulated into
+    cdef readonly tuple recipe      # constructor's arguments, to make the node again
+    cdef readonly object segment    # what is computed again together on the way back
+    cdef dict aliases               # output number -> input number whose buffer it may take over
+    cdef bint must_alias            # the kernel works in place only
+    cdef void *args
+    cdef void *shared               # the graph's buffer that workers share within a step
+
+    cdef int64_t shared_bytes(self) except -1
+    cdef op_fn lower(self, const kernels *table) except NULL
+
+
+cdef class Graph:
+    cdef readonly list nodes
+    cdef readonly object isa
+    cdef readonly int n_threads
+    cdef public object segment      # given to nodes as they are added
+    cdef readonly int64_t arena_bytes
+    cdef set kept
+    cdef const kernels *table
+    cdef step *steps
+    cdef int64_t n_steps
+    cdef object arena, scratch
+    cdef char *scratch_start
+
+    cdef dict place(self)
+    cdef int set_barriers(self) except -1

@@ -1,0 +1,211 @@
+"""struct kernels as Cython sees it, and the table in force. The formulas are in simd/kernels.h."""
+
+from libc.stdint cimport int32_t, int64_t, uint16_t
+
+cdef extern from "team.h" nogil:
+    struct worker
+    ctypedef void (*op_fn)(const void *args, const worker *w) noexcept nogil
+    struct step:
+        op_fn run
+        const void *args
+        int64_t barrier
+    enum:
+        WORKER_SCRATCH
+    void c_team_run "team_run"(const step *steps, int64_t n_steps, int n_threads, char *scratch)
+
+cdef extern from "blocks.h" nogil:
+    int64_t block_elements(int type)
+    int64_t row_offset(int type, int64_t n)
+
+cdef extern from "kernels.h" nogil:
+    enum:
+        ATTENTION_MAX_DIM
+        N_VARIANTS
+    int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
+
+    struct embed_args:
+        int64_t n_tokens, n_cols
+        const void *w
+        int64_t type
+        const int32_t *ids
+        float *y
+
+    struct linear_args:
+        int64_t n_tokens, n_in, n_out
+        const float *x
+        const void *w
+        int64_t type
+        float *y
+        int64_t rank
+        const float *u
+        const float *b
+        float scale
+        int64_t pair
+        void *packed
+
+    struct linear_back_args:
+        int64_t n_tokens, n_in, n_out
+        const float *dy
+        const void *w
+        int64_t type
+        float *dx
+        int64_t accumulate, pair
+        void *packed
+
+    struct rms_norm_args:
+        int64_t n_tokens, n_cols
+        const float *x
+        const float *w
+        float eps
+        float *y
+        float *inv
+
+    struct rms_norm_back_args:
+        int64_t n_tokens, n_cols
+        const float *x
+        const float *w
+        const float *inv
+        const float *dy
+        float *dx
+        float *dw
+        int64_t accumulate_x, accumulate_w
+
+    struct rope_args:
+        int64_t n_tokens, n_head, head_dim, n_rot
+        const float *x
+        const int32_t *positions
+        const float *cos
+        const float *sin
+        float sign
+        int64_t round_f16
+        float *y
+
+    struct silu_mul_args:
+        int64_t n
+        const float *g
+        const float *u
+        float *y
+
+    struct silu_mul_back_args:
+        int64_t n
+        const float *g
+        const float *u
+        const float *dy
+        float *dg
+        float *du
+
+    struct add_args:
+        int64_t n
+        const float *a
+        const float *b
+        float *y
+
+    struct zero_args:
+        int64_t n
+        float *y
+
+    struct cache_store_args:
+        int64_t n_tokens, n_cols
+        const float *x
+        void *cache
+        int64_t type
+        const int32_t *n_past
+
+    struct attention_args:
+        int64_t n_seq, n_query, n_head, n_head_kv, head_dim
+        const float *q
+        const void *k
+        const void *v
+        int64_t type, kv_seq_rows
+        const int32_t *n_past
+        float scale
+        float *out
+        float *lse
+
+    struct attention_back_args:
+        int64_t n_seq, n_query, n_head, n_head_kv, head_dim
+        const float *q
+        const float *k
+        const float *v
+        const float *out
+        const float *lse
+        const float *dout
+        float scale
+        float *delta
+        float *dq
+        float *dk
+        float *dv
+
+    struct lora_down_args:
+        int64_t n_tokens, n_cols, rank
+        const float *x
+        const float *m
+        float scale
+        float *u
+        int64_t accumulate
+
+    struct lora_up_args:
+        int64_t n_tokens, n_cols, rank
+        const float *base
+        const float *u
+        const float *m
+        float scale
+        float *y
+
+    struct lora_outer_args:
+        int64_t n_tokens, n_cols, rank
+        const float *u
+        const float *x
+        float scale
+        float *g
+
+    struct lora_gather_args:
+        int64_t n_tokens, n_cols, rank
+        const int32_t *ids
+        const float *m
+        float *u
+
+    struct lora_scatter_args:
+        int64_t n_tokens, n_cols, rank
+        const int32_t *ids
+        const float *du
+        float scale
+        float *g
+
+    struct cross_entropy_args:
+        int64_t n_tokens, n_vocab
+        float *logits
+        const int32_t *targets
+        const float *weight
+        float *loss
+
+    struct adamw_args:
+        int64_t n
+        float *x
+        float *g
+        float *m
+        float *v
+        float clip, beta1, beta2, step, correction, decay
+
+    struct kernels:
+        const char *isa
+        void (*decode_row)(int type, const void *p, int64_t n, float *y) noexcept nogil
+        void (*encode_bf16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
+        void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
+        int64_t (*find_invalid)(int type, const void *p, int64_t n) noexcept nogil
+        double (*sum_squares)(const float *x, int64_t n) noexcept nogil
+        void (*adamw)(const adamw_args *args) noexcept nogil
+        op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back
+        op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer
+        op_fn lora_gather, lora_scatter, cross_entropy
+
+    struct variant:
+        const kernels *table
+        const char *missing
+
+    void list_variants(variant *out)
+
+# The table chosen at import (None: that one) or another that this machine runs, by name.
+cdef const kernels *table(object isa=*) except NULL
+# Runs steps with a team; scratch holds n_threads * WORKER_SCRATCH bytes.
+cdef void team_run(const step *steps, int64_t n_steps, int n_threads, char *scratch) noexcept nogil

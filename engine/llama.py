@@ -1,0 +1,478 @@
+"""The llama architecture: hyperparameters, weights by name, rotation tables, and the model as a graph.
+
+Another architecture is a file like this one and a row in `model.ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import ops
+from engine.errors import FormatError
+from engine.gguf import GGUFFile, TensorInfo
+from engine.graph import Graph
+from engine.tensor import Tensor
+
+MAX_LAYERS = 4096
+
+# The adapted tensors of a layer, in the order of files and of the generator's draws.
+LAYER_TENSORS = (
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_down",
+    "ffn_up",
+)
+BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+class AdapterTensors(NamedTuple):
+    """An adapter's factors for one weight: A (rank, n_in), B (rank, n_out), and the scale of A'B."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class RopeScaling(NamedTuple):
+    """How angles are stretched: the kind, its factor, YaRN's original context, the magnitude."""
+
+    kind: str
+    factor: float
+    original_context: int
+    attn_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Sizes and constants of a model, checked against each other."""
+
+    n_vocab: int
+    n_ctx_train: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    n_layer: int
+    head_dim: int
+    n_rot: int
+    rms_eps: float
+    rope_freq_base: float
+    rope_scaling: RopeScaling
+
+    @property
+    def n_embd_kv(self) -> int:
+        """Columns of keys and values."""
+        return self.n_head_kv * self.head_dim
+
+    @property
+    def rope_freq_scale(self) -> float:
+        """Factor on positions: the reciprocal of the linear scaling's."""
+        return 1.0 / self.rope_scaling.factor
+
+    def overridden(
+        self,
+        rms_eps: float | None = None,
+        rope_freq_base: float | None = None,
+        rope_freq_scale: float | None = None,
+    ) -> Hyperparameters:
+        """Give a copy in which the values that are not None replace the model's."""
+        changed: dict[str, Any] = {}
+        if rms_eps is not None:
+            changed["rms_eps"] = rms_eps
+        if rope_freq_base is not None:
+            changed["rope_freq_base"] = rope_freq_base
+        if rope_freq_scale is not None:
+            kind = "linear" if self.rope_scaling.kind == "none" else self.rope_scaling.kind
+            scaling = self.rope_scaling._replace(kind=kind, factor=1.0 / rope_freq_scale)
+            changed["rope_scaling"] = scaling
+        return replace(self, **changed)
+
+
+def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
+    """Read and check the keys of architecture ``llama``.
+
+    Raises
+    ------
+    FormatError
+        Naming the key, when one is missing, out of range, or contradicts another.
+    """
+    arch = "llama"
+
+    def positive(key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
+        value = file.get_int(f"{arch}.{key}", *([] if default is None else [default]))
+        if not 0 < value <= limit:
+            raise FormatError(f"{file.path}: key {arch}.{key}: {value} is out of range 1 to {limit}")
+        return value
+
+    def real(key: str, *default: float) -> float:
+        value = file.get_float(f"{arch}.{key}", *default)
+        if not math.isfinite(value) or value < 0:
+            raise FormatError(f"{file.path}: key {arch}.{key}: {value} cannot be used")
+        return value
+
+    experts = file.get_int(f"{arch}.expert_count", 0)
+    if experts > 0:
+        raise FormatError(f"{file.path}: {experts} experts: mixture-of-experts models cannot be run")
+    n_embd = positive("embedding_length", limit=2**20)
+    n_head = positive("attention.head_count", limit=2**16)
+    n_head_kv = positive("attention.head_count_kv", n_head, limit=2**16)
+    head_dim = positive("attention.key_length", max(n_embd // n_head, 1))
+    value_dim = positive("attention.value_length", head_dim)
+    n_rot = positive("rope.dimension_count", head_dim)
+    for wrong, text in (
+        (n_head % n_head_kv != 0, f"{n_head} heads are not divided by {n_head_kv} key/value heads"),
+        (head_dim % 2 != 0, f"head size {head_dim} is odd"),
+        (value_dim != head_dim, f"keys of {head_dim} and values of {value_dim} differ"),
+        (n_rot != head_dim, f"invalid n_rot: {n_rot}, expected {head_dim}"),
+    ):
+        if wrong:
+            raise FormatError(f"{file.path}: {text}")
+    n_ctx_train = positive("context_length")
+    base = real("rope.freq_base", 10000.0)
+    if base <= 0:
+        raise FormatError(f"{file.path}: key {arch}.rope.freq_base: {base} cannot be used")
+    return Hyperparameters(
+        n_vocab=n_vocab,
+        n_ctx_train=n_ctx_train,
+        n_embd=n_embd,
+        n_ff=positive("feed_forward_length", limit=2**20),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        n_layer=positive("block_count", limit=MAX_LAYERS),
+        head_dim=head_dim,
+        n_rot=n_rot,
+        rms_eps=real("attention.layer_norm_rms_epsilon"),
+        rope_freq_base=base,
+        rope_scaling=_read_scaling(file, arch, n_ctx_train, real),
+    )
+
+
+def _read_scaling(
+    file: GGUFFile, arch: str, n_ctx_train: int, real: Callable[..., float]
+) -> RopeScaling:
+    kind = file.get_str(f"{arch}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise FormatError(f"{file.path}: key {arch}.rope.scaling.type: {kind!r} is not known")
+    factor = real("rope.scaling.factor", 0.0) or real("rope.scale_linear", 0.0) or 1.0
+    original = file.get_int(f"{arch}.rope.scaling.original_context_length", n_ctx_train)
+    if original <= 0:
+        raise FormatError(f"{file.path}: the original context length {original} cannot be used")
+    attn_factor = real("rope.scaling.attn_factor", 1.0)
+    return RopeScaling(kind, 1.0 if kind == "none" else factor, original, attn_factor)
+
+
+def rope_tables(
+    h: Hyperparameters, n_positions: int, factors: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines of every position, as the rotation kernel wants them.
+
+    Computed in float64. Linear scaling divides all angles; YaRN (arXiv:2309.00071) divides the slow
+    ones and keeps the fast ones; ``rope_freqs.weight`` (Llama 3) divides each pair by its own factor.
+
+    Parameters
+    ----------
+    factors : ndarray of shape (n_rot / 2,), optional
+        Divisors of the angles.
+
+    Returns
+    -------
+    cos, sin : ndarray of shape (n_positions, n_rot), float32
+        Each value twice, for both of a pair; sines negative for the first.
+    """
+    half = h.n_rot // 2
+    pair = np.arange(half)
+    frequency = h.rope_freq_base ** (-2.0 * pair / h.n_rot)
+    if factors is not None:
+        frequency = frequency / factors.astype(np.float64)
+    kind, factor, original, magnitude = h.rope_scaling
+    if kind == "yarn" and factor != 1.0:
+
+        def turns(beta: float) -> float:
+            """Pair that turns `beta` times over the original context."""
+            span = math.log(original / (2 * math.pi * beta))
+            return h.n_rot * span / (2 * math.log(h.rope_freq_base))
+
+        low = max(0, math.floor(turns(32)))
+        high = min(h.n_rot - 1, math.ceil(turns(1)))
+        keep = 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / factor
+        magnitude *= 1 + 0.1 * math.log(factor)
+    else:
+        frequency = frequency / factor
+    angle = np.arange(n_positions)[:, None] * frequency[None, :]
+    cos = np.repeat(magnitude * np.cos(angle), 2, axis=1).astype(np.float32)
+    sin = np.repeat(magnitude * np.sin(angle), 2, axis=1).astype(np.float32)
+    sin[:, 0::2] *= -1
+    return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+
+
+class Weights:
+    """The stored tensors of a model, checked for shape, each a view into the mapped file.
+
+    Attributes
+    ----------
+    by_name : dict of str to Tensor
+        Without the ``.weight`` suffix; biases keep ``.bias``.
+    rope_factors : ndarray or None
+    unused : list of str
+        Tensors of the file that nothing asks for.
+    tied : bool
+        Whether the output takes the embedding's weights.
+    """
+
+    def __init__(self, file: GGUFFile, h: Hyperparameters) -> None:
+        self._file = file
+        self._left = dict(file.tensors)
+        self.by_name: dict[str, Tensor] = {}
+        self._add("token_embd", (h.n_vocab, h.n_embd))
+        self._add("output_norm", (h.n_embd,))
+        self.tied = "output.weight" not in file.tensors
+        if self.tied:
+            self.by_name["output"] = self.by_name["token_embd"]
+        else:
+            self._add("output", (h.n_vocab, h.n_embd))
+        self.rope_factors = self._read_rope_factors(h)
+        for layer in range(h.n_layer):
+            self._add_layer(f"blk.{layer}.", h)
+            self._left.pop(f"blk.{layer}.attn_rot_embd.weight", None)
+        self.unused = list(self._left)
+
+    def _add_layer(self, prefix: str, h: Hyperparameters) -> None:
+        n_q, n_kv = h.n_head * h.head_dim, h.n_embd_kv
+        shapes = {
+            "attn_norm": (h.n_embd,),
+            "attn_q": (n_q, h.n_embd),
+            "attn_k": (n_kv, h.n_embd),
+            "attn_v": (n_kv, h.n_embd),
+            "attn_output": (h.n_embd, n_q),
+            "ffn_norm": (h.n_embd,),
+            "ffn_gate": (h.n_ff, h.n_embd),
+            "ffn_up": (h.n_ff, h.n_embd),
+            "ffn_down": (h.n_embd, h.n_ff),
+        }
+        if prefix + "attn_qkv.weight" in self._left:
+            joint = self._take(prefix + "attn_qkv.weight", (n_q + 2 * n_kv, h.n_embd))
+            first = 0
+            for name in ("attn_q", "attn_k", "attn_v"):
+                rows = shapes.pop(name)[0]
+                self.by_name[prefix + name] = joint.view(first, rows)
+                first += rows
+        for name, shape in shapes.items():
+            self._add(prefix + name, shape)
+        for name in BIASES:
+            if f"{prefix}{name}.bias" in self._left:
+                rows = self.by_name[prefix + name].rows
+                self.by_name[f"{prefix}{name}.bias"] = self._take(f"{prefix}{name}.bias", (rows,))
+
+    def _add(self, name: str, shape: tuple[int, ...]) -> None:
+        self.by_name[name] = self._take(name + ".weight", shape)
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        info = self._left.pop(name, None)
+        if info is None:
+            raise FormatError(f"{self._file.path}: tensor {name} is missing")
+        self._check_shape(info, shape)
+        rows, cols = (1, *shape)[-2:]
+        data = self._file.data(name)
+        if len(shape) == 1 and info.dtype.id != 0:
+            data, type_id = _decoded(info, data), 0  # the row kernels take F32 vectors
+        else:
+            type_id = info.dtype.id
+        return Tensor.external(name.removesuffix(".weight"), data, rows, cols, type_id)
+
+    def _check_shape(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        have = tuple(n for i, n in enumerate(info.shape) if n != 1 or i >= len(info.shape) - len(shape))
+        if have != shape:
+            raise FormatError(
+                f"{self._file.path}: tensor {info.name}: has wrong shape; expected "
+                f"{list(reversed(shape))}, got {list(reversed(info.shape))}"
+            )
+
+    def _read_rope_factors(self, h: Hyperparameters) -> NDArray[np.float32] | None:
+        info = self._left.pop("rope_freqs.weight", None)
+        if info is None:
+            return None
+        self._check_shape(info, (h.n_rot // 2,))
+        factors = _decoded(info, self._file.data(info.name))
+        if not (np.isfinite(factors).all() and (factors > 0).all()):
+            raise FormatError(f"{self._file.path}: tensor rope_freqs.weight: a divisor is not positive")
+        return factors
+
+
+def _decoded(info: TensorInfo, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    from engine.kernels import decode
+
+    return decode(info.dtype.id, data, math.prod(info.shape))
+
+
+def adapter_shapes(
+    h: Hyperparameters, ranks: Mapping[str, int]
+) -> list[tuple[str, int, int, int]]:
+    """Name, n_in, n_out and rank of every adapted tensor, in the files' order.
+
+    Parameters
+    ----------
+    ranks : mapping of kind (``attn_q``) to rank
+        0 or absent: no adapter for that kind.
+    """
+    n_q = h.n_head * h.head_dim
+    sizes = {
+        "token_embd": (h.n_embd, h.n_vocab),
+        "output_norm": (h.n_embd, 1),
+        "output": (h.n_embd, h.n_vocab),
+        "attn_norm": (h.n_embd, 1),
+        "attn_q": (h.n_embd, n_q),
+        "attn_k": (h.n_embd, h.n_embd_kv),
+        "attn_v": (h.n_embd, h.n_embd_kv),
+        "attn_output": (n_q, h.n_embd),
+        "ffn_norm": (h.n_embd, 1),
+        "ffn_gate": (h.n_embd, h.n_ff),
+        "ffn_down": (h.n_ff, h.n_embd),
+        "ffn_up": (h.n_embd, h.n_ff),
+    }
+    names = [("token_embd",) * 2, ("output_norm",) * 2, ("output",) * 2]
+    names += [(f"blk.{i}.{kind}", kind) for i in range(h.n_layer) for kind in LAYER_TENSORS]
+    return [(name, *sizes[kind], ranks[kind]) for name, kind in names if ranks.get(kind, 0) > 0]
+
+
+# Stores or passes on a layer's keys and values and attends: (layer, q, k, v) -> heads' outputs.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Builder:
+    """Writes the model into a graph; one builder, one graph.
+
+    Parameters
+    ----------
+    graph : Graph
+    h : Hyperparameters
+    weights : mapping of str to Tensor
+    adapters : mapping of str to AdapterTensors
+        By the adapted tensor's name; applied beside the weights.
+    ids, positions : ndarray of shape (n_tokens,), int32
+        Read at each run.
+    tables : (cos, sin)
+        From `rope_tables`, for all positions that occur.
+    attend : callable
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        h: Hyperparameters,
+        weights: Mapping[str, Tensor],
+        adapters: Mapping[str, AdapterTensors],
+        ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        tables: tuple[NDArray[np.float32], NDArray[np.float32]],
+        attend: Attend,
+        *,
+        round_query: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.h = h
+        self.weights = weights
+        self.adapters = adapters
+        self.ids = ids
+        self.positions = positions
+        self.tables = tables
+        self.attend = attend
+        self.round_query = round_query
+        self._ones = Tensor.external("ones", np.ones(len(ids), np.float32), len(ids), 1)
+
+    def embed(self) -> Tensor:
+        """Rows of the embedding, with its adapter: (n_tokens, n_embd)."""
+        n = len(self.ids)
+        x = ops.embed(self.graph, self.weights["token_embd"], self.ids, n)
+        adapter = self.adapters.get("token_embd")
+        if adapter is None:
+            return x
+        u = ops.lora_gather(self.graph, adapter.b, self.ids, n)
+        return ops.lora_up(self.graph, x, u, adapter.a, adapter.scale)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """RMS norm by the named weights, adapted first where they are: w + scale B'A."""
+        w = self.weights[name]
+        adapter = self.adapters.get(name)
+        if adapter is not None:
+            # B of a norm is one number a rank: a column in memory, and the row that this needs.
+            w = ops.lora_up(self.graph, w, adapter.b, adapter.a, adapter.scale)
+        return ops.rms_norm(self.graph, x, w, self.h.rms_eps)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Named projection with its adapter and bias."""
+        y = ops.linear(self.graph, x, self.weights[name], self.adapters.get(name))
+        bias = self.weights.get(name + ".bias")
+        if bias is None:
+            return y
+        return ops.lora_up(self.graph, y, self._ones.view(0, y.rows), bias, 1.0)
+
+    def block(self, x: Tensor, layer: int, n_last: int | None = None) -> Tensor:
+        """One layer; with `n_last` only so many last rows go on after the attention."""
+        p, h = f"blk.{layer}.", self.h
+        y = self.norm(x, p + "attn_norm")
+        q, k, v = (self.linear(y, p + name) for name in ("attn_q", "attn_k", "attn_v"))
+        q = ops.rope(self.graph, q, self.positions, self.tables, h.n_head, self.round_query)
+        k = ops.rope(self.graph, k, self.positions, self.tables, h.n_head_kv)
+        y = self.attend(layer, q, k, v)
+        if n_last is not None and n_last < x.rows:
+            x, y = (t.view(t.rows - n_last, n_last) for t in (x, y))
+        x = ops.add(self.graph, x, self.linear(y, p + "attn_output"))
+        y = self.norm(x, p + "ffn_norm")
+        gate, up = self.linear(y, p + "ffn_gate"), self.linear(y, p + "ffn_up")
+        y = self.linear(ops.silu_mul(self.graph, gate, up), p + "ffn_down")
+        return ops.add(self.graph, x, y)
+
+    def hidden(self, n_last: int | None = None) -> Tensor:
+        """All layers and the last norm: what the output weights multiply."""
+        x = self.embed()
+        for layer in range(self.h.n_layer):
+            self.graph.segment = layer
+            x = self.block(x, layer, n_last if layer == self.h.n_layer - 1 else None)
+        self.graph.segment = None
+        return self.norm(x, "output_norm")
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores of every token: (rows of x, n_vocab)."""
+        return self.linear(x, "output")
+
+
+def join_adapters(
+    adapters: Sequence[tuple[Any, float]], shapes: Iterable[tuple[str, int, int, int]]
+) -> dict[str, AdapterTensors]:
+    """Stack adapters by rank, so that any number of them costs one pair of thin products.
+
+    Parameters
+    ----------
+    adapters : sequence of (Adapter, scale)
+        Each adapter's own scale alpha / r is multiplied in.
+    shapes : from `adapter_shapes`
+        Tensors of the model.
+    """
+    joined = {}
+    for name, n_in, n_out, _ in shapes:
+        pairs = [(a.pairs[name], s * a.scale) for a, s in adapters if name in a.pairs]
+        if not pairs:
+            continue
+        a = np.concatenate([pair.a for pair, _ in pairs])
+        b = np.concatenate([pair.b * np.float32(scale) for pair, scale in pairs])
+        if n_out == 1:
+            b = b.reshape(1, -1)
+        rank = len(a)
+        joined[name] = AdapterTensors(
+            Tensor.external(name + ".a", a, rank, n_in),
+            Tensor.external(name + ".b", b, *b.shape),
+            1.0,
+        )
+    return joined

@@ -1,0 +1,281 @@
+"""A model loaded from a file, and a context in which it evaluates tokens."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import llama, ops
+from engine.dtypes import F16, DType
+from engine.errors import DataError, FormatError, ShapeError
+from engine.gguf import GGUFFile, read_gguf
+from engine.graph import Graph
+from engine.kernels import find_invalid
+from engine.kvcache import KVCache
+from engine.llama import Builder, Hyperparameters, Weights
+from engine.lora import Adapter
+from engine.tensor import Tensor
+from engine.tokenizer import Tokenizer
+
+# general.architecture -> the module that reads its keys and writes its graph.
+ARCHITECTURES = {"llama": llama}
+
+# Graphs kept for chunks of other lengths than one token; a prompt's last chunk has any length.
+KEPT_GRAPHS = 4
+
+
+class Model:
+    """Weights in the mapped file, hyperparameters, tokenizer.
+
+    Attributes
+    ----------
+    file : GGUFFile
+    hparams : Hyperparameters
+    weights : Weights
+    tokenizer : Tokenizer
+    warnings : list of str
+        What is odd about the file but does not prevent its use.
+    """
+
+    def __init__(
+        self, file: GGUFFile, hparams: Hyperparameters, weights: Weights, tokenizer: Tokenizer
+    ) -> None:
+        self.file = file
+        self.hparams = hparams
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.warnings = list(tokenizer.warnings)
+        if weights.unused:
+            first, n = weights.unused[0], len(weights.unused)
+            self.warnings.append(f"{n} tensors are not used, {first} the first")
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        n_threads: int | None = None,
+        check_tensors: bool = False,
+        rms_eps: float | None = None,
+        rope_freq_base: float | None = None,
+        rope_freq_scale: float | None = None,
+    ) -> Model:
+        """Map a GGUF file and check that it is a model of a known architecture.
+
+        Parameters
+        ----------
+        path : path of a GGUF file
+        n_threads : int, optional
+            Not used yet by loading, which is lazy; accepted for symmetry with contexts.
+        check_tensors : bool
+            Look at every value for infinities and NaN.
+        rms_eps, rope_freq_base, rope_freq_scale : float, optional
+            Replace the model's.
+
+        Raises
+        ------
+        FormatError
+            Naming file and key or tensor.
+        DataError
+            If `check_tensors` finds a value that cannot be.
+        """
+        file = read_gguf(path)
+        if file.kind != "model":
+            raise FormatError(f"{path}: this is an {file.kind} file, a model is needed")
+        architecture = file.get_str("general.architecture")
+        module = ARCHITECTURES.get(architecture)
+        if module is None:
+            known = ", ".join(ARCHITECTURES)
+            raise FormatError(f"{path}: architecture {architecture!r} cannot be run; known: {known}")
+        tokenizer = Tokenizer.from_metadata(file.metadata, str(path))
+        hparams = module.read_hyperparameters(file, tokenizer.n_vocab)
+        hparams = hparams.overridden(rms_eps, rope_freq_base, rope_freq_scale)
+        weights = module.Weights(file, hparams)
+        if check_tensors:
+            check_values(file)
+        return cls(file, hparams, weights, tokenizer)
+
+    def adapter_shapes(self, ranks: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
+        """Name, n_in, n_out, rank of the adapted tensors, in the files' order."""
+        return llama.adapter_shapes(self.hparams, ranks)
+
+    def rope_tables(self, n_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines for positions below `n_positions`."""
+        return llama.rope_tables(self.hparams, n_positions, self.weights.rope_factors)
+
+
+def check_values(file: GGUFFile) -> None:
+    """Look at every stored value or block scale for infinities and NaN.
+
+    Raises
+    ------
+    DataError
+        Naming the tensor, the row and the position of the first.
+    """
+    for info in file.tensors.values():
+        n = int(np.prod(info.shape))
+        found = find_invalid(info.dtype.id, file.data(info.name), n)
+        if found >= 0:
+            element = found * info.dtype.block
+            what = "value" if info.dtype.block == 1 else "block scale"
+            raise DataError(
+                f"{file.path}: tensor {info.name}: infinite or NaN {what} in row "
+                f"{element // info.shape[-1]}, element {element % info.shape[-1]}; get the file again"
+            )
+
+
+class _Evaluation(NamedTuple):
+    """A planned graph for chunks of one length, with its inputs and result."""
+
+    graph: Graph
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    logits: Tensor | None
+
+
+class Context:
+    """A cache of keys and values, and the graphs that extend it.
+
+    Parameters
+    ----------
+    model : Model
+    n_ctx : int
+        Positions of the cache.
+    n_batch, n_ubatch : int
+        The most tokens evaluated together: the smaller of both.
+    n_threads, n_threads_batch : int
+        Threads for single tokens and for longer chunks.
+    adapters : sequence of (Adapter, scale)
+        Applied beside the weights, which stay as they are.
+    cache_type : DType
+        F16 or F32.
+    isa : str, optional
+        Kernel variant.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        *,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_threads: int = 2,
+        n_threads_batch: int | None = None,
+        adapters: Sequence[tuple[Adapter, float]] = (),
+        cache_type: DType = F16,
+        isa: str | None = None,
+    ) -> None:
+        h = model.hparams
+        self.model = model
+        self.n_ctx = n_ctx
+        self._n_chunk = min(n_batch, n_ubatch, n_ctx)
+        if self._n_chunk < 1:
+            raise ShapeError(f"chunks of {self._n_chunk} tokens cannot be evaluated")
+        self._threads = (n_threads, n_threads_batch or n_threads)
+        self._isa = isa
+        self._cache = KVCache(h.n_layer, n_ctx, h.n_embd_kv, cache_type)
+        self._tables = model.rope_tables(n_ctx)
+        every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
+        self._adapters = llama.join_adapters(adapters, model.adapter_shapes(every))
+        self._evaluations: OrderedDict[tuple[int, bool], _Evaluation] = OrderedDict()
+
+    @property
+    def n_past(self) -> int:
+        """Positions that are filled."""
+        return int(self._cache.n_past[0])
+
+    def evaluate(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens to the cache.
+
+        Parameters
+        ----------
+        tokens : sequence of int, at least one
+
+        Returns
+        -------
+        ndarray of shape (n_vocab,), float32
+            Logits of the last token, in memory that the next call overwrites.
+
+        Raises
+        ------
+        ShapeError
+            If there are none, or more than the cache has room for.
+        DataError
+            If one is not in the vocabulary.
+        """
+        ids = np.asarray(tokens, np.int64)
+        n = len(ids)
+        if n == 0 or self.n_past + n > self.n_ctx:
+            raise ShapeError(f"{n} tokens after {self.n_past} do not fit a context of {self.n_ctx}")
+        if ids.min() < 0 or ids.max() >= self.model.hparams.n_vocab:
+            raise DataError(f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary")
+        for begin in range(0, n, self._n_chunk):
+            chunk = ids[begin : begin + self._n_chunk]
+            result = self._evaluation(len(chunk), begin + len(chunk) == n)
+            result.ids[:] = chunk
+            result.positions[:] = np.arange(self.n_past, self.n_past + len(chunk))
+            result.graph.run()
+            self._cache.n_past[0] += len(chunk)
+        assert result.logits is not None
+        return result.logits.numpy()[0]
+
+    def _evaluation(self, n_tokens: int, last: bool) -> _Evaluation:
+        key = (n_tokens, last)
+        found = self._evaluations.get(key)
+        if found is None:
+            found = self._evaluations[key] = self._build(n_tokens, last)
+        self._evaluations.move_to_end(key)
+        others = [k for k in self._evaluations if k[0] != 1]
+        if len(others) > KEPT_GRAPHS:
+            del self._evaluations[others[0]]
+        return found
+
+    def _build(self, n_tokens: int, last: bool) -> _Evaluation:
+        h, cache = self.model.hparams, self._cache
+        graph = Graph(self._threads[n_tokens > 1], self._isa)
+        ids, positions = np.zeros((2, n_tokens), np.int32)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            ops.cache_store(graph, k, keys, cache.n_past)
+            ops.cache_store(graph, v, values, cache.n_past)
+            scale = h.head_dim**-0.5
+            return ops.attention(
+                graph, q, keys, values, 1, h.n_head, h.n_head_kv, scale, cache.n_past
+            )
+
+        builder = Builder(
+            graph,
+            h,
+            self.model.weights.by_name,
+            self._adapters,
+            ids,
+            positions,
+            self._tables,
+            attend,
+            round_query=cache.dtype is F16,
+        )
+        hidden = builder.hidden(1)
+        logits = graph.keep(builder.logits(hidden)) if last else None
+        graph.plan()
+        return _Evaluation(graph, ids, positions, logits)
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """Drop `n_discard` positions behind the first `n_keep` and move the rest down."""
+        h = self.model.hparams
+        plain = replace(h, rope_scaling=h.rope_scaling._replace(attn_factor=1.0))
+        cos, sin = llama.rope_tables(plain, n_discard + 1, self.model.weights.rope_factors)
+        scale = float(np.hypot(cos[-1, 0], sin[-1, 0]))  # YaRN's magnitude is in the keys already
+        row = (cos[-1] / np.float32(scale), sin[-1] / np.float32(scale))
+        self._cache.shift(n_keep, n_discard, *row, h.head_dim)
+
+    def truncate(self, n_past: int) -> None:
+        """Forget the positions from `n_past` on."""
+        self._cache.truncate(n_past)

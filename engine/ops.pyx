@@ -1,0 +1,612 @@
+"""Every op: shape rule, lowering to its kernel, gradient, side by side.
+
+The formulas are in simd/kernels.h. The functions at the end of each section are the way to make nodes:
+they take the graph and tensors and return the tensors written. `gradient` receives a `Gradients`
+(autograd.pyx): ``grads[t]`` is the gradient of an output, ``grads.add(t, g)`` adds one to an input's, and
+``grads.into(t)`` gives the tensor into which an accumulating kernel may write, or None.
+"""
+
+import numpy as np
+
+from engine.errors import ShapeError
+
+from engine.graph cimport Graph, Node
+from engine.kernels cimport (
+    ATTENTION_MAX_DIM, add_args, attention_args, attention_back_args, cache_store_args, cross_entropy_args,
+    embed_args, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args,
+    lora_outer_args, lora_scatter_args, lora_up_args, op_fn, rms_norm_args, rms_norm_back_args, rope_args,
+    silu_mul_args, silu_mul_back_args, zero_args,
+)
+from engine.tensor cimport Tensor
+from libc.stdint cimport int32_t, int64_t
+
+cdef enum:
+    F32 = 0
+    F16 = 1
+    MAX_ROW = 131072  # longest reduction for which the workers' scratch holds a tile of decoded rows
+    GEMV_TOKENS = 4
+
+
+cdef int require(bint condition, str message) except -1:
+    if not condition:
+        raise ShapeError(message)
+    return 0
+
+
+cdef const int32_t *ints(object array, int64_t n) except NULL:
+    """Address of an int32 array that the node keeps alive, checked for length."""
+    cdef const int32_t[::1] view = array
+    require(view.shape[0] >= n, f"{n} integers expected, there are {view.shape[0]}")
+    return &view[0]
+
+
+cdef Tensor result(str name, int64_t rows, int64_t cols):
+    return Tensor(name, rows, cols)
+
+
+# ---------------------------------------------------------------- embedding
+
+cdef class Embed(Node):
+    """y[t] = W[ids[t]]; W is frozen."""
+
+    cdef embed_args a
+
+    def __init__(self, Tensor w, ids, int64_t n_tokens):
+        self.inputs = (w,)
+        self.outputs = (result("embedding", n_tokens, w.cols),)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor w = self.inputs[0], y = self.outputs[0]
+        self.a = embed_args(y.rows, y.cols, w.data, w.type, ints(self.recipe[1], y.rows), y.floats())
+        self.args = &self.a
+        return table.embed
+
+
+def embed(Graph graph, Tensor w, ids, int64_t n_tokens) -> Tensor:
+    """Rows of a stored matrix by token; `ids` is an int32 array that is read at each run."""
+    return graph.add(Embed, w, ids, n_tokens)[0]
+
+
+# ---------------------------------------------------------------- matrix products with frozen weights
+
+cdef class Linear(Node):
+    """y = x W' (+ scale u b): W stored and frozen, (u, b) the end of an adapter."""
+
+    cdef linear_args a
+
+    def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale):
+        require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
+        require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
+        self.inputs = (x, w)
+        if u is not None:
+            fits = u.rows == x.rows and b.cols == w.rows and b.rows == u.cols
+            require(fits, f"{w.name}: adapter of {b.rows} x {b.cols} does not fit {w.rows} outputs")
+            self.inputs = (x, w, u, b)
+        self.outputs = (result(w.name + ".out", x.rows, w.rows),)
+
+    cdef int64_t shared_bytes(self) except -1:
+        cdef Tensor x = self.inputs[0]
+        return linear_packed_bytes(x.rows, x.cols) if x.rows > GEMV_TOKENS else 0
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x = self.inputs[0], w = self.inputs[1], y = self.outputs[0], u, b
+        self.a = linear_args(x.rows, x.cols, w.rows, x.floats(), w.data, w.type, y.floats(), 0, NULL, NULL, 0, 0, NULL)
+        if len(self.inputs) == 4:
+            u, b = self.inputs[2:]
+            self.a.rank, self.a.u, self.a.b, self.a.scale = u.cols, u.floats(), b.floats(), self.recipe[4]
+        self.a.packed = self.shared
+        self.args = &self.a
+        return table.linear
+
+    def gradient(self, grads):
+        cdef Tensor x = self.inputs[0], w = self.inputs[1], u, b
+        dy = grads[self.outputs[0]]
+        if x.needs_grad:
+            into = grads.into(x)
+            grads.add(x, grads.graph.add(LinearBack, dy, w, into)[0])
+        if len(self.inputs) == 4:
+            u, b = self.inputs[2:]
+            scale = self.recipe[4]
+            if u.needs_grad:
+                grads.add(u, grads.graph.add(LoraDown, dy, b, scale, grads.into(u))[0])
+            if b.needs_grad:
+                grads.graph.add(LoraOuter, u, dy, scale, b.grad)
+
+
+cdef class LinearBack(Node):
+    """dx (+)= dy W"""
+
+    cdef linear_back_args a
+
+    def __init__(self, Tensor dy, Tensor w, Tensor into):
+        require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
+        self.inputs = (dy, w)
+        self.outputs = (into if into is not None else result(w.name + ".dx", dy.rows, w.cols),)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
+        self.a = linear_back_args(
+            dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(), self.recipe[2] is not None, 0, NULL)
+        self.args = &self.a
+        return table.linear_back
+
+
+def linear(Graph graph, Tensor x, Tensor w, adapter=None) -> Tensor:
+    """x W', and scale (x A') B beside it where `adapter` is (A, B, scale).
+
+    Parameters
+    ----------
+    x : Tensor of shape (n_tokens, n_in)
+    w : Tensor of shape (n_out, n_in), any stored type
+    adapter : tuple (A of shape (rank, n_in), B of shape (rank, n_out), float), optional
+
+    Returns
+    -------
+    Tensor of shape (n_tokens, n_out)
+    """
+    if adapter is None:
+        return graph.add(Linear, x, w, None, None, 0.0)[0]
+    a, b, scale = adapter
+    return graph.add(Linear, x, w, lora_down(graph, x, a), b, scale)[0]
+
+
+# ---------------------------------------------------------------- adapters
+
+cdef class LoraDown(Node):
+    """u (+)= scale x m'"""
+
+    cdef lora_down_args a
+
+    def __init__(self, Tensor x, Tensor m, float scale, Tensor into):
+        require(x.cols == m.cols, f"{m.name}: rows of {m.cols} meet activations of {x.cols}")
+        self.inputs = (x, m)
+        self.outputs = (into if into is not None else result(m.name + ".down", x.rows, m.rows),)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x = self.inputs[0], m = self.inputs[1], u = self.outputs[0]
+        require(u.rows == x.rows and u.cols == m.rows, f"{m.name}: {u.rows} x {u.cols} cannot take its product")
+        self.a = lora_down_args(
+            x.rows, x.cols, m.rows, x.floats(), m.floats(), self.recipe[2], u.floats(), self.recipe[3] is not None)
+        self.args = &self.a
+        return table.lora_down
+
+    def gradient(self, grads):
+        cdef Tensor x = self.inputs[0], m = self.inputs[1]
+        du, scale = grads[self.outputs[0]], self.recipe[2]
+        if m.needs_grad:
+            grads.graph.add(LoraOuter, du, x, scale, m.grad)
+        if x.needs_grad:
+            grads.add(x, grads.graph.add(LoraUp, grads.into(x), du, m, scale)[0])
+
+
+cdef class LoraUp(Node):
+    """y = base + scale u m; base may be None for zero"""
+
+    cdef lora_up_args a
+
+    def __init__(self, Tensor base, Tensor u, Tensor m, float scale):
+        require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
+        fits = base is None or (base.rows == u.rows and base.cols == m.cols)
+        require(fits, f"{m.name}: an adapter of {m.cols} columns does not fit its tensor")
+        self.inputs = (u, m) if base is None else (u, m, base)
+        self.outputs = (result(m.name + ".up", u.rows, m.cols),)
+        self.aliases = {0: 2} if base is not None else {}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor u = self.inputs[0], m = self.inputs[1], y = self.outputs[0], base
+        self.a = lora_up_args(y.rows, y.cols, m.rows, NULL, u.floats(), m.floats(), self.recipe[3], y.floats())
+        if len(self.inputs) == 3:
+            base = self.inputs[2]
+            require(base.type == F32, f"{base.name}: its elements must be F32")
+            self.a.base = base.floats()
+        self.args = &self.a
+        return table.lora_up
+
+    def gradient(self, grads):
+        cdef Tensor u = self.inputs[0], m = self.inputs[1]
+        dy, scale = grads[self.outputs[0]], self.recipe[3]
+        if u.needs_grad:
+            grads.add(u, grads.graph.add(LoraDown, dy, m, scale, grads.into(u))[0])
+        if m.needs_grad:
+            grads.graph.add(LoraOuter, u, dy, scale, m.grad)
+        if len(self.inputs) == 3 and (<Tensor>self.inputs[2]).needs_grad:
+            grads.add(self.inputs[2], dy)
+
+
+cdef class LoraOuter(Node):
+    """g += scale u' x, into a parameter's gradient"""
+
+    cdef lora_outer_args a
+
+    def __init__(self, Tensor u, Tensor x, float scale, Tensor g):
+        fits = u.rows == x.rows and g.rows == u.cols and g.cols == x.cols
+        require(fits, f"{g.name}: {g.rows} x {g.cols} cannot take {u.cols} x {x.cols}")
+        self.inputs = (u, x)
+        self.outputs = (g,)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor u = self.inputs[0], x = self.inputs[1], g = self.outputs[0]
+        self.a = lora_outer_args(x.rows, x.cols, u.cols, u.floats(), x.floats(), self.recipe[2], g.floats())
+        self.args = &self.a
+        return table.lora_outer
+
+
+cdef class LoraGather(Node):
+    """u[t] = column ids[t] of m"""
+
+    cdef lora_gather_args a
+
+    def __init__(self, Tensor m, ids, int64_t n_tokens):
+        self.inputs = (m,)
+        self.outputs = (result(m.name + ".gather", n_tokens, m.rows),)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor m = self.inputs[0], u = self.outputs[0]
+        self.a = lora_gather_args(u.rows, m.cols, m.rows, ints(self.recipe[1], u.rows), m.floats(), u.floats())
+        self.args = &self.a
+        return table.lora_gather
+
+    def gradient(self, grads):
+        cdef Tensor m = self.inputs[0]
+        grads.graph.add(LoraScatter, grads[self.outputs[0]], self.recipe[1], 1.0, m.grad)
+
+
+cdef class LoraScatter(Node):
+    """column ids[t] of g += scale du[t], into a parameter's gradient"""
+
+    cdef lora_scatter_args a
+
+    def __init__(self, Tensor du, ids, float scale, Tensor g):
+        require(g.rows == du.cols, f"{g.name}: rank {g.rows} meets {du.cols}")
+        self.inputs = (du,)
+        self.outputs = (g,)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor du = self.inputs[0], g = self.outputs[0]
+        self.a = lora_scatter_args(
+            du.rows, g.cols, g.rows, ints(self.recipe[1], du.rows), du.floats(), self.recipe[2], g.floats())
+        self.args = &self.a
+        return table.lora_scatter
+
+
+def lora_down(Graph graph, Tensor x, Tensor m) -> Tensor:
+    """The product of activations (n_tokens, n_in) with A of shape (rank, n_in): (n_tokens, rank)."""
+    return graph.add(LoraDown, x, m, 1.0, None)[0]
+
+
+def lora_up(Graph graph, Tensor base, Tensor u, Tensor m, float scale) -> Tensor:
+    """base + scale u m, for norms (u = B, m = A) and the embedding (u = B's columns, m = A)."""
+    return graph.add(LoraUp, base, u, m, scale)[0]
+
+
+def lora_gather(Graph graph, Tensor m, ids, int64_t n_tokens) -> Tensor:
+    """Columns of m by token, as rows: (n_tokens, rank)."""
+    return graph.add(LoraGather, m, ids, n_tokens)[0]
+
+
+# ---------------------------------------------------------------- norm, rotation, gate, sum
+
+cdef class RmsNorm(Node):
+    """y = w x / sqrt(mean(x^2) + eps), and the reciprocal root of each row"""
+
+    cdef rms_norm_args a
+
+    def __init__(self, Tensor x, Tensor w, float eps):
+        require(w.type == F32 and w.rows == 1 and w.cols == x.cols, f"{w.name}: {w.cols} weights for {x.cols} columns")
+        self.inputs = (x, w)
+        self.outputs = (result(w.name + ".out", x.rows, x.cols), result(w.name + ".inv", x.rows, 1))
+        self.aliases = {0: 0}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x = self.inputs[0], w = self.inputs[1], y = self.outputs[0], inv = self.outputs[1]
+        self.a = rms_norm_args(x.rows, x.cols, x.floats(), w.floats(), self.recipe[2], y.floats(), inv.floats())
+        self.args = &self.a
+        return table.rms_norm
+
+    def gradient(self, grads):
+        cdef Tensor x = self.inputs[0], w = self.inputs[1]
+        dy = grads[self.outputs[0]]
+        into = grads.into(x)
+        outputs = grads.graph.add(RmsNormBack, x, w, self.outputs[1], dy, into, w.needs_grad)
+        grads.add(x, outputs[0])
+        if w.needs_grad:
+            grads.add(w, outputs[1])
+
+
+cdef class RmsNormBack(Node):
+    cdef rms_norm_back_args a
+
+    def __init__(self, Tensor x, Tensor w, Tensor inv, Tensor dy, Tensor into, bint weight_too):
+        self.inputs = (x, w, inv, dy)
+        dx = into if into is not None else result(w.name + ".dx", x.rows, x.cols)
+        self.outputs = (dx, result(w.name + ".dw", 1, x.cols)) if weight_too else (dx,)
+        self.aliases = {0: 3} if into is None else {}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x, w, inv, dy, dw, dx = self.outputs[0]
+        x, w, inv, dy = self.inputs
+        self.a = rms_norm_back_args(
+            x.rows, x.cols, x.floats(), w.floats(), inv.floats(), dy.floats(), dx.floats(), NULL,
+            self.recipe[4] is not None, 0)
+        if len(self.outputs) == 2:
+            dw = self.outputs[1]
+            self.a.dw = dw.floats()
+        self.args = &self.a
+        return table.rms_norm_back
+
+
+def rms_norm(Graph graph, Tensor x, Tensor w, float eps) -> Tensor:
+    """RMSNorm of each row (arXiv:1910.07467)."""
+    return graph.add(RmsNorm, x, w, eps)[0]
+
+
+cdef class Rope(Node):
+    """Rotation of pairs by position; sign -1 rotates back."""
+
+    cdef rope_args a
+
+    def __init__(self, Tensor x, positions, tables, int64_t n_head, int sign, bint round_f16):
+        require(x.cols % n_head == 0, f"{x.cols} columns are not {n_head} heads")
+        n_rot = tables[0].shape[1]
+        require(n_rot % 2 == 0 and n_rot <= x.cols // n_head, f"{n_rot} rotated dimensions in heads of {x.cols // n_head}")
+        self.inputs = (x,)
+        self.outputs = (result("rope", x.rows, x.cols),)
+        self.aliases = {0: 0}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x = self.inputs[0], y = self.outputs[0]
+        positions, (cosines, sines), n_head, sign, round_f16 = self.recipe[1:]
+        cdef const float[:, ::1] cos = cosines, sin = sines
+        self.a = rope_args(
+            x.rows, n_head, x.cols // <int64_t>n_head, cos.shape[1], x.floats(), ints(positions, x.rows),
+            &cos[0, 0], &sin[0, 0], sign, round_f16, y.floats())
+        self.args = &self.a
+        return table.rope
+
+    def gradient(self, grads):
+        _, positions, tables, n_head, sign, _ = self.recipe
+        dy = grads[self.outputs[0]]
+        grads.add(self.inputs[0], grads.graph.add(Rope, dy, positions, tables, n_head, -sign, False)[0])
+
+
+def rope(Graph graph, Tensor x, positions, tables, int64_t n_head, bint round_f16=False) -> Tensor:
+    """Rotary embedding (arXiv:2104.09864) of neighbouring pairs.
+
+    Parameters
+    ----------
+    positions : int32 array, one a row of x, read at each run
+    tables : (cos, sin), float32 arrays of shape (n_positions, n_rot), values doubled for pairs, sines signed
+    round_f16 : round the result to half precision, as an f16 cache of keys asks of queries
+    """
+    return graph.add(Rope, x, positions, tables, n_head, 1, round_f16)[0]
+
+
+cdef class SiluMul(Node):
+    """y = silu(g) u"""
+
+    cdef silu_mul_args a
+
+    def __init__(self, Tensor g, Tensor u):
+        require(g.rows == u.rows and g.cols == u.cols, f"gate of {g.cols} columns meets {u.cols}")
+        self.inputs = (g, u)
+        self.outputs = (result("silu_mul", g.rows, g.cols),)
+        self.aliases = {0: 0}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor g = self.inputs[0], u = self.inputs[1], y = self.outputs[0]
+        self.a = silu_mul_args(g.rows * g.cols, g.floats(), u.floats(), y.floats())
+        self.args = &self.a
+        return table.silu_mul
+
+    def gradient(self, grads):
+        dg, du = grads.graph.add(SiluMulBack, *self.inputs, grads[self.outputs[0]])
+        grads.add(self.inputs[0], dg)
+        grads.add(self.inputs[1], du)
+
+
+cdef class SiluMulBack(Node):
+    cdef silu_mul_back_args a
+
+    def __init__(self, Tensor g, Tensor u, Tensor dy):
+        self.inputs = (g, u, dy)
+        self.outputs = (result("silu.dg", g.rows, g.cols), result("silu.du", g.rows, g.cols))
+        self.aliases = {0: 0, 1: 1}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor g = self.inputs[0], u = self.inputs[1], dy = self.inputs[2]
+        cdef Tensor dg = self.outputs[0], du = self.outputs[1]
+        self.a = silu_mul_back_args(
+            g.rows * g.cols, g.floats(), u.floats(), dy.floats(), dg.floats(), du.floats())
+        self.args = &self.a
+        return table.silu_mul_back
+
+
+def silu_mul(Graph graph, Tensor g, Tensor u) -> Tensor:
+    """silu(g) u, the gate of the feed-forward part (arXiv:2002.05202)."""
+    return graph.add(SiluMul, g, u)[0]
+
+
+cdef class Add(Node):
+    """y = a + b"""
+
+    cdef add_args a
+
+    def __init__(self, Tensor a, Tensor b):
+        require(a.rows == b.rows and a.cols == b.cols, f"sum of {a.rows} x {a.cols} and {b.rows} x {b.cols}")
+        self.inputs = (a, b)
+        self.outputs = (result("sum", a.rows, a.cols),)
+        self.aliases = {0: 1}
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor a = self.inputs[0], b = self.inputs[1], y = self.outputs[0]
+        self.a = add_args(a.rows * a.cols, a.floats(), b.floats(), y.floats())
+        self.args = &self.a
+        return table.add
+
+    def gradient(self, grads):
+        dy = grads[self.outputs[0]]
+        for tensor in self.inputs:
+            if (<Tensor>tensor).needs_grad:
+                grads.add(tensor, dy)
+
+
+def add(Graph graph, Tensor a, Tensor b) -> Tensor:
+    """a + b"""
+    return graph.add(Add, a, b)[0]
+
+
+cdef class Zero(Node):
+    """y = 0, to be accumulated into"""
+
+    cdef zero_args a
+
+    def __init__(self, str name, int64_t rows, int64_t cols):
+        self.inputs = ()
+        self.outputs = (result(name, rows, cols),)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor y = self.outputs[0]
+        self.a = zero_args(y.rows * y.cols, y.floats())
+        self.args = &self.a
+        return table.zero
+
+
+def zero(Graph graph, str name, int64_t rows, int64_t cols) -> Tensor:
+    """A matrix of zeros that later nodes accumulate into."""
+    return graph.add(Zero, name, rows, cols)[0]
+
+
+# ---------------------------------------------------------------- attention
+
+cdef class CacheStore(Node):
+    """Appends rows to a cache behind its n_past rows."""
+
+    cdef cache_store_args a
+
+    def __init__(self, Tensor x, Tensor cache, n_past):
+        require(x.cols == cache.cols, f"{cache.name}: rows of {cache.cols} meet {x.cols}")
+        self.inputs = (x,)
+        self.outputs = (cache,)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x = self.inputs[0], cache = self.outputs[0]
+        self.a = cache_store_args(x.rows, x.cols, x.floats(), cache.data, cache.type, ints(self.recipe[2], 1))
+        self.args = &self.a
+        return table.cache_store
+
+
+def cache_store(Graph graph, Tensor x, Tensor cache, n_past):
+    """Write x behind row n_past[0] of an external F32 or F16 tensor; the caller sees that they fit."""
+    graph.add(CacheStore, x, cache, n_past)
+
+
+cdef class Attention(Node):
+    """Causal attention; rows are n_seq sequences of equal length."""
+
+    cdef attention_args a
+
+    def __init__(self, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv, float scale, n_past):
+        head_dim = q.cols // n_head
+        require(head_dim * n_head == q.cols and head_dim * n_head_kv == k.cols == v.cols, "heads do not fit the columns")
+        require(n_head % n_head_kv == 0 and q.rows % n_seq == 0, "heads or sequences do not divide")
+        require(head_dim <= ATTENTION_MAX_DIM, f"head size {head_dim} is above {ATTENTION_MAX_DIM}")
+        require(n_past is not None or k.rows == q.rows, "keys and queries differ in number")
+        self.inputs = (q, k, v)
+        self.outputs = (result("attention", q.rows, q.cols), result("attention.lse", q.rows, n_head))
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor q = self.inputs[0], k = self.inputs[1], v = self.inputs[2]
+        cdef Tensor out = self.outputs[0], lse = self.outputs[1]
+        n_seq, n_head, n_head_kv, scale, n_past = self.recipe[3:]
+        self.a = attention_args(
+            n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head, q.floats(), k.data, v.data,
+            k.type, k.rows // <int64_t>n_seq, NULL, scale, out.floats(), lse.floats())
+        if n_past is not None:
+            self.a.n_past = ints(n_past, 1)
+        self.args = &self.a
+        return table.attention
+
+    def gradient(self, grads):
+        q, k, v, n_seq, n_head, n_head_kv, scale, _ = self.recipe
+        dout = grads[self.outputs[0]]
+        dq, dk, dv = grads.graph.add(
+            AttentionBack, q, k, v, *self.outputs, dout, n_seq, n_head, n_head_kv, scale)[:3]
+        grads.add(q, dq)
+        grads.add(k, dk)
+        grads.add(v, dv)
+
+
+cdef class AttentionBack(Node):
+    cdef attention_back_args a
+
+    def __init__(self, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, *sizes):
+        self.inputs = (q, k, v, out, lse, dout)
+        shapes = [("attention.dq", q), ("attention.dk", k), ("attention.dv", v), ("attention.delta", lse)]
+        self.outputs = tuple([result(name, t.rows, t.cols) for name, t in shapes])
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor q, k, v, out, lse, dout, dq, dk, dv, delta
+        q, k, v, out, lse, dout = self.inputs
+        dq, dk, dv, delta = self.outputs
+        n_seq, n_head, n_head_kv, scale = self.recipe[6:]
+        self.a = attention_back_args(
+            n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head, q.floats(), k.floats(),
+            v.floats(), out.floats(), lse.floats(), dout.floats(), scale, delta.floats(), dq.floats(), dk.floats(),
+            dv.floats())
+        self.args = &self.a
+        return table.attention_back
+
+
+def attention(Graph graph, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
+              float scale, n_past=None) -> Tensor:
+    """Causal attention with grouped heads.
+
+    Parameters
+    ----------
+    q : Tensor of shape (n_seq * n_query, n_head * head_dim)
+    k, v : Tensor of shape (n_seq * n_key, n_head_kv * head_dim), F32 or F16
+    n_past : int32 array of one element, optional
+        Position of the first query, read at each run. With it k and v are caches; without it queries and keys
+        are as many, and the op has a gradient.
+    """
+    return graph.add(Attention, q, k, v, n_seq, n_head, n_head_kv, scale, n_past)[0]
+
+
+# ---------------------------------------------------------------- loss
+
+cdef class CrossEntropy(Node):
+    """Loss of each row and, in place of the logits, their gradient."""
+
+    cdef cross_entropy_args a
+
+    def __init__(self, Tensor logits, targets, weight):
+        self.inputs = (logits,)
+        self.outputs = (result("loss", logits.rows, 1), result("dlogits", logits.rows, logits.cols))
+        self.aliases = {1: 0}
+        self.must_alias = True
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor logits = self.inputs[0], loss = self.outputs[0]
+        cdef const float[::1] weight = self.recipe[2]
+        self.a = cross_entropy_args(
+            logits.rows, logits.cols, logits.floats(), ints(self.recipe[1], logits.rows), &weight[0], loss.floats())
+        self.args = &self.a
+        return table.cross_entropy
+
+
+def cross_entropy(Graph graph, Tensor logits, targets, weight):
+    """Loss of each row and the gradient of weight times their sum with respect to the logits.
+
+    The gradient takes the logits' place, so it comes with the value and no softmax is kept.
+
+    Parameters
+    ----------
+    targets : int32 array of n_tokens, read at each run; -1 leaves a row out
+    weight : float32 array of one element, read at each run
+
+    Returns
+    -------
+    loss : Tensor of shape (n_tokens, 1)
+    dlogits : Tensor of the logits' shape
+    """
+    return graph.add(CrossEntropy, logits, targets, weight)

@@ -1,0 +1,201 @@
+/* Stored rows to floats and back.
+ *
+ * Decoding is exact arithmetic of the format (a product, or a product and a sum, each rounded once and
+ * never fused), so every variant gives the same bits. Bound: the bytes written. */
+
+V_INLINE float f16_value(const uint8_t *p)
+{
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return _cvtsh_ss(h);
+}
+
+/* 32 four-bit codes, one a byte, in element order. */
+V_INLINE __m256i nibble_codes(const uint8_t *qs)
+{
+    __m128i packed = _mm_loadu_si128((const __m128i *)qs);
+    __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
+    return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+/* Bit e of qh as 16 in byte e, to be joined with the nibbles. */
+V_INLINE __m256i fifth_bits(const uint8_t *qh)
+{
+    uint32_t bits;
+    memcpy(&bits, qh, sizeof bits);
+    __m256i spread = _mm256_shuffle_epi8(
+        _mm256_set1_epi32((int)bits), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    __m256i own = _mm256_set1_epi64x((long long)0x8040201008040201);
+    __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own);
+    return _mm256_and_si256(set, _mm256_set1_epi8(16));
+}
+
+/* A quantized block as unsigned codes, scale and offset: x = code d + m. Q8_0 keeps its signed codes. */
+struct codes {
+    __m256i q;
+    float d, m;
+};
+
+V_INLINE struct codes block_codes(int type, const uint8_t *p)
+{
+    struct codes c = {.d = f16_value(p), .m = 0};
+    switch (type) {
+    case TYPE_Q4_0:
+        c.q = nibble_codes(p + 2);
+        c.m = -8.0f * c.d;
+        break;
+    case TYPE_Q4_1:
+        c.q = nibble_codes(p + 4);
+        c.m = f16_value(p + 2);
+        break;
+    case TYPE_Q5_0:
+        c.q = _mm256_or_si256(nibble_codes(p + 6), fifth_bits(p + 2));
+        c.m = -16.0f * c.d;
+        break;
+    case TYPE_Q5_1:
+        c.q = _mm256_or_si256(nibble_codes(p + 8), fifth_bits(p + 4));
+        c.m = f16_value(p + 2);
+        break;
+    default:
+        c.q = _mm256_loadu_si256((const __m256i *)(p + 2));
+        break;
+    }
+    return c;
+}
+
+/* Codes less their middle for the types without a stored offset: (code - 8) d must be one product. */
+V_INLINE void decode_block(int type, const uint8_t *p, float *y)
+{
+    struct codes c = block_codes(type, p);
+    if (type == TYPE_Q4_0)
+        c.q = _mm256_sub_epi8(c.q, _mm256_set1_epi8(8));
+    if (type == TYPE_Q5_0)
+        c.q = _mm256_sub_epi8(c.q, _mm256_set1_epi8(16));
+    int8_t codes[QUANT_BLOCK];
+    _mm256_storeu_si256((__m256i *)codes, c.q);
+    for (int i = 0; i < QUANT_BLOCK; i += VL) {
+        vf x = v_mul(v_from_i8(codes + i), v_set1(c.d));
+        if (type == TYPE_Q4_1 || type == TYPE_Q5_1)
+            x = v_add(x, v_set1(c.m));
+        v_store(y + i, x);
+    }
+}
+
+V_INLINE void decode_blocks(int type, const uint8_t *p, int64_t n, float *y)
+{
+    int64_t bytes = block_bytes(type);
+    for (int64_t i = 0; i < n; i += QUANT_BLOCK, p += bytes)
+        decode_block(type, p, y + i);
+}
+
+static void FN(decode_f16)(const uint8_t *p, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        v_store(y + i, v_load_f16((const uint16_t *)(p + 2 * i)));
+    for (; i < n; i++)
+        y[i] = f16_value(p + 2 * i);
+}
+
+static void FN(decode_bf16)(const uint8_t *p, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        v_store(y + i, v_load_bf16((const uint16_t *)(p + 2 * i)));
+    for (; i < n; i++) {
+        uint32_t bits = ((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8) << 16;
+        memcpy(y + i, &bits, sizeof bits);
+    }
+}
+
+/* y: n floats; p: n stored elements, whole blocks, unaligned. */
+static void FN(decode_row)(int type, const void *p, int64_t n, float *y)
+{
+    switch (type) {
+    case TYPE_F32:
+        memcpy(y, p, (size_t)n * sizeof *y);
+        break;
+    case TYPE_F16:
+        FN(decode_f16)(p, n, y);
+        break;
+    case TYPE_BF16:
+        FN(decode_bf16)(p, n, y);
+        break;
+    case TYPE_Q4_0:
+        decode_blocks(TYPE_Q4_0, p, n, y);
+        break;
+    case TYPE_Q4_1:
+        decode_blocks(TYPE_Q4_1, p, n, y);
+        break;
+    case TYPE_Q5_0:
+        decode_blocks(TYPE_Q5_0, p, n, y);
+        break;
+    case TYPE_Q5_1:
+        decode_blocks(TYPE_Q5_1, p, n, y);
+        break;
+    case TYPE_Q8_0:
+        decode_blocks(TYPE_Q8_0, p, n, y);
+        break;
+    }
+}
+
+/* Nearest bf16, ties to even; subnormals are rounded like the rest, NaN is made quiet. y: n bf16. */
+static void FN(encode_bf16)(const float *x, int64_t n, uint16_t *y)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        v_store_bf16(y + i, v_load(x + i));
+    if (i < n) {
+        uint16_t tail[VL];
+        v_store_bf16(tail, v_load_n(x + i, n - i));
+        memcpy(y + i, tail, (size_t)(n - i) * sizeof *y);
+    }
+}
+
+/* Nearest half, ties to even. y: n halfs. */
+static void FN(encode_f16)(const float *x, int64_t n, uint16_t *y)
+{
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        v_store_f16(y + i, v_load(x + i));
+    if (i < n) {
+        uint16_t tail[VL];
+        v_store_f16(tail, v_load_n(x + i, n - i));
+        memcpy(y + i, tail, (size_t)(n - i) * sizeof *y);
+    }
+}
+
+/* First element (F32, F16, BF16) or block whose value or scale is infinite or NaN; -1 if there is none. */
+static int64_t FN(find_invalid)(int type, const void *p, int64_t n)
+{
+    const uint8_t *bytes = p;
+    int64_t size = block_bytes(type), blocks = n / block_elements(type);
+    int fields = type == TYPE_Q4_1 || type == TYPE_Q5_1 ? 2 : 1;
+    for (int64_t i = 0; i < blocks; i++, bytes += size) {
+        int bad = 0;
+        if (type == TYPE_F32) {
+            uint32_t bits;
+            memcpy(&bits, bytes, sizeof bits);
+            bad = (bits & 0x7F800000u) == 0x7F800000u;
+        } else {
+            unsigned exponent = type == TYPE_BF16 ? 0x7F80u : 0x7C00u;
+            for (int f = 0; f < fields; f++)
+                bad |= ((unsigned)(bytes[2 * f] | bytes[2 * f + 1] << 8) & exponent) == exponent;
+        }
+        if (bad)
+            return i;
+    }
+    return -1;
+}
+
+/* y[t] = row ids[t] of a stored matrix                                     embedding
+ * ids: n_tokens, each below the matrix's rows; y: n_tokens rows of n_cols floats. */
+static void FN(embed)(const void *p, const struct worker *worker)
+{
+    const struct embed_args *a = p;
+    const char *w = a->w;
+    int64_t begin, end, row_bytes = row_offset(a->type, a->n_cols);
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++)
+        FN(decode_row)(a->type, w + a->ids[t] * row_bytes, a->n_cols, a->y + t * a->n_cols);
+}

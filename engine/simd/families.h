@@ -1,0 +1,30 @@
+/* One variant of every family, and its table. Included by variant_*.c after VARIANT and the vector header
+ * are set; families see nothing else. */
+#include "kernels.h"
+
+#include <math.h>
+
+#define CAT_(a, b) a##_##b
+#define CAT(a, b) CAT_(a, b)
+#define STR_(x) #x
+#define STR(x) STR_(x)
+#define FN(name) CAT(name, VARIANT)
+
+#include "vec_math.h"
+
+#include "convert.c"
+#include "tile.c"
+#include "gemm.c"
+#include "gemv.c"
+#include "rowwise.c"
+#include "lora.c"
+#include "attention.c"
+#include "loss.c"
+#include "adamw.c"
+
+const struct kernels CAT(kernels, VARIANT) = {
+    .isa = STR(VARIANT),
+#define KERNEL(name) .name = FN(name),
+#include "kernels.def"
+#undef KERNEL
+};

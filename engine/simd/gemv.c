@@ -1,0 +1,160 @@
+/* A few tokens times frozen weights: each stored row is read once and meets every token by a dot product.
+ *
+ * Float types keep the activations as they are. Quantized types meet activations quantized to 8 bits in
+ * blocks of 32: with codes c, d, m of the weight and q, e of the activation
+ *     sum x w = sum over blocks of  d e sum(c q) + m e sum(q).
+ * Bound: the bytes of W, once. */
+
+/* An activation row in blocks: codes, scale, scale times the codes' sum. */
+struct q8_row {
+    int8_t *q;
+    float *scale, *sum;
+};
+
+static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
+{
+    for (int64_t i = 0; i < n; i += QUANT_BLOCK) {
+        vf top = v_zero();
+        for (int j = 0; j < QUANT_BLOCK; j += VL)
+            top = v_max(top, v_abs(v_load(x + i + j)));
+        float largest = v_max_lane(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        int32_t sum = 0;
+        float codes[QUANT_BLOCK];
+        for (int j = 0; j < QUANT_BLOCK; j += VL)
+            v_store(codes + j, v_round(v_mul(v_load(x + i + j), v_set1(inverse))));
+        for (int j = 0; j < QUANT_BLOCK; j++) {
+            row.q[i + j] = (int8_t)codes[j];
+            sum += row.q[i + j];
+        }
+        row.scale[i / QUANT_BLOCK] = largest / 127.0f;
+        row.sum[i / QUANT_BLOCK] = (float)sum * (largest / 127.0f);
+    }
+}
+
+/* One stored row times one quantized activation row. */
+V_INLINE float quant_dot(int type, const uint8_t *w, int64_t n, struct q8_row x)
+{
+    int64_t bytes = block_bytes(type);
+    __m256 acc = _mm256_setzero_ps();
+    float offset = 0;
+    for (int64_t b = 0; b < n / QUANT_BLOCK; b++, w += bytes) {
+        struct codes c = block_codes(type, w);
+        __m256i q = _mm256_loadu_si256((const __m256i *)(x.q + b * QUANT_BLOCK));
+        __m256i products = type == TYPE_Q8_0 ? v_dot_s8s8(c.q, q) : v_dot_u8s8(c.q, q);
+        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(c.d * x.scale[b]), acc);
+        offset += (type == TYPE_Q8_0 ? -(float)SIGNED_BIAS * c.d : c.m) * x.sum[b];
+    }
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half))) + offset;
+}
+
+V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_row *x, int64_t begin, int64_t end)
+{
+    int64_t row_bytes = row_offset(type, a->n_in);
+    for (int64_t o = begin; o < end; o++) {
+        const uint8_t *w = (const uint8_t *)a->w + o * row_bytes;
+        for (int64_t t = 0; t < a->n_tokens; t++)
+            a->y[t * a->n_out + o] = quant_dot(type, w, a->n_in, x[t]);
+    }
+}
+
+static void FN(linear_quant)(const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
+{
+    struct q8_row x[GEMV_TOKENS];
+    int64_t blocks = a->n_in / QUANT_BLOCK;
+    for (int64_t t = 0; t < a->n_tokens; t++) {
+        char *p = scratch + t * (a->n_in + 8 * blocks);
+        x[t] = (struct q8_row){(int8_t *)p + 8 * blocks, (float *)(void *)p, (float *)(void *)p + blocks};
+        FN(quantize_q8)(a->x + t * a->n_in, a->n_in, x[t]);
+    }
+    switch (a->type) {
+    case TYPE_Q4_0:
+        quant_rows(TYPE_Q4_0, a, x, begin, end);
+        break;
+    case TYPE_Q4_1:
+        quant_rows(TYPE_Q4_1, a, x, begin, end);
+        break;
+    case TYPE_Q5_0:
+        quant_rows(TYPE_Q5_0, a, x, begin, end);
+        break;
+    case TYPE_Q5_1:
+        quant_rows(TYPE_Q5_1, a, x, begin, end);
+        break;
+    default:
+        quant_rows(TYPE_Q8_0, a, x, begin, end);
+        break;
+    }
+}
+
+/* VL stored floats as a vector. */
+V_INLINE vf load_stored(int type, const char *w)
+{
+    if (type == TYPE_BF16)
+        return v_load_bf16((const uint16_t *)(const void *)w);
+    if (type == TYPE_F16)
+        return v_load_f16((const uint16_t *)(const void *)w);
+    return v_load((const float *)(const void *)w);
+}
+
+V_INLINE float float_dot(int type, const char *w, int64_t n, const float *x)
+{
+    const int64_t size = type == TYPE_F32 ? 4 : 2;
+    vf s0 = v_zero(), s1 = v_zero(), s2 = v_zero(), s3 = v_zero();
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+        s0 = v_fma(load_stored(type, w + i * size), v_load(x + i), s0);
+        s1 = v_fma(load_stored(type, w + (i + VL) * size), v_load(x + i + VL), s1);
+        s2 = v_fma(load_stored(type, w + (i + 2 * VL) * size), v_load(x + i + 2 * VL), s2);
+        s3 = v_fma(load_stored(type, w + (i + 3 * VL) * size), v_load(x + i + 3 * VL), s3);
+    }
+    for (; i + VL <= n; i += VL)
+        s0 = v_fma(load_stored(type, w + i * size), v_load(x + i), s0);
+    if (i < n) {
+        float tail[VL];
+        FN(decode_row)(type, w + i * size, n - i, tail);
+        s1 = v_fma(v_load_n(tail, n - i), v_load_n(x + i, n - i), s1);
+    }
+    return v_sum(v_add(v_add(s0, s1), v_add(s2, s3)));
+}
+
+V_INLINE void float_rows(int type, const struct linear_args *a, int64_t begin, int64_t end)
+{
+    int64_t row_bytes = row_offset(type, a->n_in);
+    for (int64_t o = begin; o < end; o++) {
+        const char *w = (const char *)a->w + o * row_bytes;
+        for (int64_t t = 0; t < a->n_tokens; t++)
+            a->y[t * a->n_out + o] = float_dot(type, w, a->n_in, a->x + t * a->n_in);
+    }
+}
+
+static void FN(linear_gemv)(const struct linear_args *a, const struct worker *worker)
+{
+    int64_t begin, end;
+    worker_range(worker, a->n_out, 1, &begin, &end);
+    switch (a->type) {
+    case TYPE_F32:
+        float_rows(TYPE_F32, a, begin, end);
+        break;
+    case TYPE_F16:
+        float_rows(TYPE_F16, a, begin, end);
+        break;
+    case TYPE_BF16:
+        float_rows(TYPE_BF16, a, begin, end);
+        break;
+    default:
+        FN(linear_quant)(a, worker->scratch, begin, end);
+        break;
+    }
+    if (a->rank > 0)
+        FN(add_lora)(a, 0, a->n_tokens, begin, end - begin);
+}
+
+static void FN(linear)(const void *p, const struct worker *worker)
+{
+    const struct linear_args *a = p;
+    if (a->n_tokens > GEMV_TOKENS)
+        FN(linear_gemm)(a, worker);
+    else
+        FN(linear_gemv)(a, worker);
+}

@@ -1,0 +1,242 @@
+/* The whole contract of the kernels: argument structures, formulas, shapes, and the table of a variant.
+ *
+ * A step of a graph is an op_fn and its arguments. Every worker of the team calls it with the same
+ * arguments and takes its part by its index; parts are cut so that a result's value never depends on the
+ * number of workers. Matrices are row-major: n_tokens rows of n_cols floats, one behind the other, unless a
+ * stride is given. Where two buffers may be one it is said; otherwise they do not overlap. */
+#ifndef CYLORA_KERNELS_H
+#define CYLORA_KERNELS_H
+
+#include "blocks.h"
+#include "team.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* y[t] = W[ids[t]]                                         W: stored rows of n_cols */
+struct embed_args {
+    int64_t n_tokens, n_cols;
+    const void *w;
+    int64_t type;
+    const int32_t *ids;
+    float *y;
+};
+
+/* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o]        the second term if rank > 0
+ * W: n_out stored rows of n_in; u: n_tokens x rank; b: rank x n_out.
+ * packed: linear_packed_bytes() shared by the workers, used where n_tokens > GEMV_TOKENS.
+ * pair: round activations (and decoded weights) to bf16 and use the pair product, where there is one. */
+struct linear_args {
+    int64_t n_tokens, n_in, n_out;
+    const float *x;
+    const void *w;
+    int64_t type;
+    float *y;
+    int64_t rank;
+    const float *u, *b;
+    float scale;
+    int64_t pair;
+    void *packed;
+};
+
+/* dx[t][i] (+)= sum_o dy[t][o] W[o][i] */
+struct linear_back_args {
+    int64_t n_tokens, n_in, n_out;
+    const float *dy;
+    const void *w;
+    int64_t type;
+    float *dx;
+    int64_t accumulate, pair;
+    void *packed;
+};
+
+enum { GEMV_TOKENS = 4 }; /* up to here a row of weights meets each token by a dot product */
+
+/* Bytes of linear_args.packed and linear_back_args.packed. */
+static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
+{
+    return (n_tokens + 63) / 64 * 64 * (n_in + 1) * 4;
+}
+
+/* y[t][i] = w[i] x[t][i] r[t], r[t] = 1 / sqrt(mean_i x[t][i]^2 + eps)        RMSNorm, arXiv:1910.07467
+ * inv: r, n_tokens floats. y may be x. */
+struct rms_norm_args {
+    int64_t n_tokens, n_cols;
+    const float *x, *w;
+    float eps;
+    float *y, *inv;
+};
+
+/* dx (+)= r (w dy - x r^2 mean(w dy x));  dw[i] (+)= sum_t dy[t][i] x[t][i] r[t] unless dw is NULL
+ * dx may be dy. */
+struct rms_norm_back_args {
+    int64_t n_tokens, n_cols;
+    const float *x, *w, *inv, *dy;
+    float *dx, *dw;
+    int64_t accumulate_x, accumulate_w;
+};
+
+/* Rotates pairs (2i, 2i + 1) of each head's first n_rot elements by angle position x frequency.
+ * cos, sin: one row of n_rot a position; cos holds c0 c0 c1 c1 ..., sin -s0 s0 -s1 s1 ...
+ * sign: 1 forward, -1 for the gradient. y may be x. round_f16: results rounded to half and back. */
+struct rope_args {
+    int64_t n_tokens, n_head, head_dim, n_rot;
+    const float *x;
+    const int32_t *positions;
+    const float *cos, *sin;
+    float sign;
+    int64_t round_f16;
+    float *y;
+};
+
+/* y = g / (1 + e^-g) u                                   n floats; y may be g or u */
+struct silu_mul_args {
+    int64_t n;
+    const float *g, *u;
+    float *y;
+};
+
+/* dg = dy u s (1 + g (1 - s)), du = dy g s, s = 1 / (1 + e^-g); dg or du may be dy */
+struct silu_mul_back_args {
+    int64_t n;
+    const float *g, *u, *dy;
+    float *dg, *du;
+};
+
+/* y = a + b                                              n floats; y may be a or b */
+struct add_args {
+    int64_t n;
+    const float *a, *b;
+    float *y;
+};
+
+/* y = 0 */
+struct zero_args {
+    int64_t n;
+    float *y;
+};
+
+/* Appends n_tokens keys or values of n_cols floats to a cache: row *n_past + t, of type F32 or F16. */
+struct cache_store_args {
+    int64_t n_tokens, n_cols;
+    const float *x;
+    void *cache;
+    int64_t type;
+    const int32_t *n_past;
+};
+
+/* Causal attention of n_seq sequences, n_query queries each; query t of a sequence stands at position
+ * *n_past + t (n_past NULL: 0) and sees keys 0 ... *n_past + t. Query head h uses key head h / (n_head /
+ * n_head_kv).
+ *     out[t][h] = sum_j softmax_j(scale q[t][h] . k[j]) v[j],    lse[t][h] = log sum_j e^(scale q . k)
+ * q, out: n_seq n_query rows of n_head head_dim; k, v: rows of n_head_kv head_dim of `type`, those of
+ * sequence s from row s kv_seq_rows on; lse: may be NULL. */
+struct attention_args {
+    int64_t n_seq, n_query, n_head, n_head_kv, head_dim;
+    const float *q;
+    const void *k, *v;
+    int64_t type, kv_seq_rows;
+    const int32_t *n_past;
+    float scale;
+    float *out, *lse;
+};
+
+/* The gradient of the above for n_past = 0 and float keys: dq, dk, dv from dout, out and lse.
+ * delta: n_seq n_query x n_head floats of working space. dq may be q only if k, v are not read again. */
+struct attention_back_args {
+    int64_t n_seq, n_query, n_head, n_head_kv, head_dim;
+    const float *q, *k, *v, *out, *lse, *dout;
+    float scale;
+    float *delta, *dq, *dk, *dv;
+};
+
+enum { ATTENTION_MAX_DIM = 512 }; /* head_dim that the workers' scratch holds */
+
+/* u[t][r] (+)= scale sum_i x[t][i] m[r][i]               m: rank x n_cols, an adapter's A or B */
+struct lora_down_args {
+    int64_t n_tokens, n_cols, rank;
+    const float *x, *m;
+    float scale;
+    float *u;
+    int64_t accumulate;
+};
+
+/* y[t][i] = base[t][i] + scale sum_r u[t][r] m[r][i]     base: NULL for zero; may be y */
+struct lora_up_args {
+    int64_t n_tokens, n_cols, rank;
+    const float *base, *u, *m;
+    float scale;
+    float *y;
+};
+
+/* g[r][i] += scale sum_t u[t][r] x[t][i] */
+struct lora_outer_args {
+    int64_t n_tokens, n_cols, rank;
+    const float *u, *x;
+    float scale;
+    float *g;
+};
+
+/* u[t][r] = m[r][ids[t]]                                 m: rank x n_cols */
+struct lora_gather_args {
+    int64_t n_tokens, n_cols, rank;
+    const int32_t *ids;
+    const float *m;
+    float *u;
+};
+
+/* g[r][ids[t]] += scale du[t][r], t rising */
+struct lora_scatter_args {
+    int64_t n_tokens, n_cols, rank;
+    const int32_t *ids;
+    const float *du;
+    float scale;
+    float *g;
+};
+
+/* With p = softmax(logits[t]) and target c: loss[t] = -log((1 - eps) p_c + eps), eps = 1e-9, and in place
+ *     logits[t][j] = weight ((1 - eps) p_j + eps - [j = c])
+ * A target of -1 leaves the row out: loss 0, gradient 0. */
+struct cross_entropy_args {
+    int64_t n_tokens, n_vocab;
+    float *logits;
+    const int32_t *targets;
+    const float *weight;
+    float *loss;
+};
+
+/* One step of AdamW (arXiv:1711.05101) over n parameters; g is set to zero.
+ *     g' = clip g;  m = beta1 m + (1 - beta1) g';  v = beta2 v + (1 - beta2) g'^2
+ *     x = x (1 - decay) - step m / (sqrt(v correction) + 1e-8) */
+struct adamw_args {
+    int64_t n;
+    float *x, *g, *m, *v;
+    float clip, beta1, beta2, step, correction, decay;
+};
+
+typedef void (*decode_row_fn)(int type, const void *p, int64_t n, float *y);
+typedef void (*encode_fn)(const float *x, int64_t n, uint16_t *y);
+typedef int64_t (*find_invalid_fn)(int type, const void *p, int64_t n);
+typedef double (*sum_squares_fn)(const float *x, int64_t n);
+typedef void (*adamw_fn)(const struct adamw_args *args);
+
+struct kernels {
+    const char *isa;
+    decode_row_fn decode_row;
+    encode_fn encode_bf16, encode_f16;
+    find_invalid_fn find_invalid;
+    sum_squares_fn sum_squares;
+    adamw_fn adamw;
+    op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back, add, zero, cache_store;
+    op_fn attention, attention_back, lora_down, lora_up, lora_outer, lora_gather, lora_scatter, cross_entropy;
+};
+
+/* dispatch.c: the variants of this build, best first. */
+enum { N_VARIANTS = 3 };
+struct variant {
+    const struct kernels *table;
+    const char *missing; /* NULL if the machine has all it needs, else the first feature it lacks */
+};
+void list_variants(struct variant out[N_VARIANTS]);
+
+#endif

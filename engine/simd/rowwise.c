@@ -1,0 +1,157 @@
+/* Steps that walk rows once: norms, rotation, gates, sums, the cache's entry. All bound by bytes. */
+
+static void FN(rms_norm)(const void *p, const struct worker *worker)
+{
+    const struct rms_norm_args *a = p;
+    int64_t begin, end, n = a->n_cols;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = a->x + t * n;
+        float *y = a->y + t * n;
+        double sum = 0; /* squares are added in double, a vector at a time */
+        for (int64_t i = 0; i < n; i += VL) {
+            vf v = v_load_n(x + i, n - i < VL ? n - i : VL);
+            sum += v_sum_double(v_mul(v, v));
+        }
+        float inverse = 1.0f / sqrtf((float)(sum / (double)n) + a->eps);
+        a->inv[t] = inverse;
+        for (int64_t i = 0; i < n; i += VL) {
+            int64_t lanes = n - i < VL ? n - i : VL;
+            vf v = v_mul(v_load_n(x + i, lanes), v_set1(inverse));
+            v_store_n(y + i, v_mul(v, v_load_n(a->w + i, lanes)), lanes);
+        }
+    }
+}
+
+static void FN(rms_norm_back)(const void *p, const struct worker *worker)
+{
+    const struct rms_norm_back_args *a = p;
+    int64_t begin, end, n = a->n_cols;
+    if (a->dw) { /* columns are split, so that a column's sum runs over tokens in one order */
+        worker_range(worker, n, VL, &begin, &end);
+        for (int64_t i = begin; i < end; i += VL) {
+            int64_t lanes = n - i < VL ? n - i : VL;
+            vf sum = a->accumulate_w ? v_load_n(a->dw + i, lanes) : v_zero();
+            for (int64_t t = 0; t < a->n_tokens; t++) {
+                vf x = v_mul(v_load_n(a->x + t * n + i, lanes), v_set1(a->inv[t]));
+                sum = v_fma(x, v_load_n(a->dy + t * n + i, lanes), sum);
+            }
+            v_store_n(a->dw + i, sum, lanes);
+        }
+        if (a->dx == a->dy)
+            team_barrier(worker);
+    }
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = a->x + t * n, *dy = a->dy + t * n;
+        float *dx = a->dx + t * n, inverse = a->inv[t];
+        double sum = 0;
+        for (int64_t i = 0; i < n; i += VL) {
+            int64_t lanes = n - i < VL ? n - i : VL;
+            vf g = v_mul(v_load_n(a->w + i, lanes), v_load_n(dy + i, lanes));
+            sum += v_sum_double(v_mul(g, v_load_n(x + i, lanes)));
+        }
+        vf pull = v_set1(-inverse * inverse * (float)(sum / (double)n));
+        for (int64_t i = 0; i < n; i += VL) {
+            int64_t lanes = n - i < VL ? n - i : VL;
+            vf g = v_mul(v_load_n(a->w + i, lanes), v_load_n(dy + i, lanes));
+            vf d = v_mul(v_fma(v_load_n(x + i, lanes), pull, g), v_set1(inverse));
+            if (a->accumulate_x)
+                d = v_add(d, v_load_n(dx + i, lanes));
+            v_store_n(dx + i, d, lanes);
+        }
+    }
+}
+
+V_INLINE vf round_f16(vf x)
+{
+    uint16_t half[VL];
+    v_store_f16(half, x);
+    return v_load_f16(half);
+}
+
+static void FN(rope)(const void *p, const struct worker *worker)
+{
+    const struct rope_args *a = p;
+    int64_t begin, end, width = a->n_head * a->head_dim;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        const float *cos = a->cos + a->positions[t] * a->n_rot, *sin = a->sin + a->positions[t] * a->n_rot;
+        for (int64_t h = 0; h < a->n_head; h++) {
+            const float *x = a->x + t * width + h * a->head_dim;
+            float *y = a->y + t * width + h * a->head_dim;
+            for (int64_t i = 0; i < a->head_dim; i += VL) {
+                int64_t lanes = a->head_dim - i < VL ? a->head_dim - i : VL;
+                vf v = v_load_n(x + i, lanes), r = v;
+                if (i < a->n_rot) { /* n_rot is even, so a vector may end in the middle of it */
+                    int64_t turned = a->n_rot - i < lanes ? a->n_rot - i : lanes;
+                    vf s = v_mul(v_set1(a->sign), v_load_n(sin + i, turned));
+                    r = v_fma(v_swap_pairs(v), s, v_mul(v, v_load_n(cos + i, turned)));
+                    r = v_blend_n(r, v, turned);
+                }
+                v_store_n(y + i, a->round_f16 ? round_f16(r) : r, lanes);
+            }
+        }
+    }
+}
+
+static void FN(silu_mul)(const void *p, const struct worker *worker)
+{
+    const struct silu_mul_args *a = p;
+    int64_t begin, end;
+    worker_range(worker, a->n, VL, &begin, &end);
+    for (int64_t i = begin; i < end; i += VL) {
+        int64_t lanes = end - i < VL ? end - i : VL;
+        vf g = v_load_n(a->g + i, lanes);
+        v_store_n(a->y + i, v_mul(v_mul(g, v_logistic(g)), v_load_n(a->u + i, lanes)), lanes);
+    }
+}
+
+static void FN(silu_mul_back)(const void *p, const struct worker *worker)
+{
+    const struct silu_mul_back_args *a = p;
+    int64_t begin, end;
+    worker_range(worker, a->n, VL, &begin, &end);
+    for (int64_t i = begin; i < end; i += VL) {
+        int64_t lanes = end - i < VL ? end - i : VL;
+        vf g = v_load_n(a->g + i, lanes), u = v_load_n(a->u + i, lanes), dy = v_load_n(a->dy + i, lanes);
+        vf s = v_logistic(g), one = v_set1(1.0f);
+        vf slope = v_mul(s, v_fma(g, v_sub(one, s), one));
+        v_store_n(a->dg + i, v_mul(v_mul(dy, u), slope), lanes);
+        v_store_n(a->du + i, v_mul(v_mul(dy, g), s), lanes);
+    }
+}
+
+static void FN(add)(const void *p, const struct worker *worker)
+{
+    const struct add_args *a = p;
+    int64_t begin, end;
+    worker_range(worker, a->n, VL, &begin, &end);
+    for (int64_t i = begin; i < end; i += VL) {
+        int64_t lanes = end - i < VL ? end - i : VL;
+        v_store_n(a->y + i, v_add(v_load_n(a->a + i, lanes), v_load_n(a->b + i, lanes)), lanes);
+    }
+}
+
+static void FN(zero)(const void *p, const struct worker *worker)
+{
+    const struct zero_args *a = p;
+    int64_t begin, end;
+    worker_range(worker, a->n, VL, &begin, &end);
+    if (begin < end)
+        memset(a->y + begin, 0, (size_t)(end - begin) * sizeof *a->y);
+}
+
+static void FN(cache_store)(const void *p, const struct worker *worker)
+{
+    const struct cache_store_args *a = p;
+    int64_t begin, end, size = a->type == TYPE_F16 ? 2 : 4;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        char *row = (char *)a->cache + (*a->n_past + t) * a->n_cols * size;
+        if (a->type == TYPE_F16)
+            FN(encode_f16)(a->x + t * a->n_cols, a->n_cols, (uint16_t *)(void *)row);
+        else
+            memcpy(row, a->x + t * a->n_cols, (size_t)a->n_cols * sizeof *a->x);
+    }
+}

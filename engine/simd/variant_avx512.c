@@ -1,0 +1,4 @@
+#define VARIANT avx512
+#include "vec_avx512.h"
+
+#include "families.h"

@@ -1,0 +1,149 @@
+/* The vector layer for AVX2 + FMA + F16C: 8 floats. Each operation has a twin of the same name in
+ * vec_avx512.h; families are written against these names only. tests/simd/ exercises them through
+ * the kernels at every tail length. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    VL = 8,        /* floats of a vector */
+    TILE_ROWS = 6, /* 6 x 2 accumulators + 2 loads + 1 broadcast fill 15 of 16 registers */
+    TILE_VECS = 2,
+};
+
+typedef __m256 vf;
+typedef __m256i vi;
+
+#define V_INLINE static inline __attribute__((always_inline, unused))
+
+V_INLINE vi v_mask(int64_t n)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+V_INLINE vf v_zero(void) { return _mm256_setzero_ps(); }
+V_INLINE vf v_set1(float x) { return _mm256_set1_ps(x); }
+V_INLINE vf v_load(const float *p) { return _mm256_loadu_ps(p); }
+V_INLINE void v_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+/* The first n of VL lanes, 0 <= n <= VL; the others read as zero and are not written. */
+V_INLINE vf v_load_n(const float *p, int64_t n) { return _mm256_maskload_ps(p, v_mask(n)); }
+V_INLINE void v_store_n(float *p, vf x, int64_t n) { _mm256_maskstore_ps(p, v_mask(n), x); }
+/* Lanes from n on become zero. */
+V_INLINE vf v_keep_n(vf x, int64_t n) { return _mm256_and_ps(x, _mm256_castsi256_ps(v_mask(n))); }
+/* Lanes from n on become y's. */
+V_INLINE vf v_blend_n(vf x, vf y, int64_t n)
+{
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(v_mask(n)));
+}
+
+V_INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+V_INLINE vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+V_INLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+V_INLINE vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+/* Sum and maximum of the lanes, in pairs: the same order in every call. */
+V_INLINE float v_sum(vf a)
+{
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+V_INLINE float v_max_lane(vf a)
+{
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+/* Sum of the lanes in double. */
+V_INLINE double v_sum_double(vf a)
+{
+    __m256d x = _mm256_add_pd(
+        _mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+    __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
+}
+
+/* x * 2^n for integral n in -126 ... 127; n below that gives zero. */
+V_INLINE vf v_scale2(vf x, vf n)
+{
+    vi e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    vf y = _mm256_mul_ps(x, _mm256_castsi256_ps(e));
+    return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
+}
+
+/* (a0, b0, a1, b1, ...) -> (b0, a0, b1, a1, ...) */
+V_INLINE vf v_swap_pairs(vf a) { return _mm256_permute_ps(a, 0xB1); }
+
+V_INLINE vf v_from_f16(__m128i h) { return _mm256_cvtph_ps(h); }
+V_INLINE __m128i v_to_f16(vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+V_INLINE vf v_load_f16(const uint16_t *p) { return v_from_f16(_mm_loadu_si128((const __m128i *)p)); }
+V_INLINE void v_store_f16(uint16_t *p, vf x) { _mm_storeu_si128((__m128i *)p, v_to_f16(x)); }
+V_INLINE vf v_load_bf16(const uint16_t *p)
+{
+    vi x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+}
+
+/* The bf16 nearest to each lane (ties to even, NaN quiet, subnormals rounded like the rest), in the low
+ * halves of 32-bit lanes. */
+V_INLINE vi v_round_bf16(vf x)
+{
+    vi bits = _mm256_castps_si256(x);
+    vi odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    vi near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    vi quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    vf nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, _mm256_castps_si256(nan)), 16);
+}
+V_INLINE void v_store_bf16(uint16_t *p, vf x)
+{
+    vi r = v_round_bf16(x);
+    __m128i y = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+    _mm_storeu_si128((__m128i *)p, y);
+}
+
+V_INLINE vf v_from_u8(const uint8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+V_INLINE vf v_from_i8(const int8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+/* dst[j][i] = src[i][j] for VL x VL elements of 32 bits. */
+V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int64_t dst_stride)
+{
+    vf r[8], s[8];
+    for (int i = 0; i < 8; i++)
+        r[i] = v_load(src + i * src_stride);
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xEE);
+        r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        v_store(dst + i * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        v_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+/* 32 unsigned by 32 signed bytes, summed by fours into 8 lanes. Without VNNI the products of neighbours
+ * meet in 16 bits, so |u| must stay below 129: signed weights go by magnitude and moved sign. */
+V_INLINE vi v_dot_u8s8(vi u, vi s)
+{
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
+}
+/* The same for signed weights; the result counts `bias` times the sum of s too much. */
+enum { SIGNED_BIAS = 0 };
+V_INLINE vi v_dot_s8s8(vi a, vi s) { return v_dot_u8s8(_mm256_abs_epi8(a), _mm256_sign_epi8(s, a)); }

@@ -1,0 +1,143 @@
+/* The vector layer for AVX-512 F/BW/VL/DQ + VNNI: 16 floats. Twins of vec_avx2.h's operations. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    VL = 16,       /* floats of a vector */
+    TILE_ROWS = 6, /* 6 x 4 accumulators + 4 loads: 28 of 32 registers; broadcasts come from memory */
+    TILE_VECS = 4,
+};
+
+typedef __m512 vf;
+typedef __m512i vi;
+
+#define V_INLINE static inline __attribute__((always_inline, unused))
+
+V_INLINE __mmask16 v_mask(int64_t n) { return (__mmask16)((1u << n) - 1u); }
+
+V_INLINE vf v_zero(void) { return _mm512_setzero_ps(); }
+V_INLINE vf v_set1(float x) { return _mm512_set1_ps(x); }
+V_INLINE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+V_INLINE void v_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+V_INLINE vf v_load_n(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(v_mask(n), p); }
+V_INLINE void v_store_n(float *p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, v_mask(n), x); }
+V_INLINE vf v_keep_n(vf x, int64_t n) { return _mm512_maskz_mov_ps(v_mask(n), x); }
+V_INLINE vf v_blend_n(vf x, vf y, int64_t n) { return _mm512_mask_mov_ps(y, v_mask(n), x); }
+
+V_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+V_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+V_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+V_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+V_INLINE vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+V_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+V_INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
+V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+V_INLINE vf v_round(vf a)
+{
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+V_INLINE __m256 v_half(vf a, int high)
+{
+    return high ? _mm512_extractf32x8_ps(a, 1) : _mm512_castps512_ps256(a);
+}
+V_INLINE float v_sum(vf a)
+{
+    __m256 x = _mm256_add_ps(v_half(a, 0), v_half(a, 1));
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+V_INLINE float v_max_lane(vf a)
+{
+    __m256 x = _mm256_max_ps(v_half(a, 0), v_half(a, 1));
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+V_INLINE double v_sum_double(vf a)
+{
+    __m512d x = _mm512_add_pd(_mm512_cvtps_pd(v_half(a, 0)), _mm512_cvtps_pd(v_half(a, 1)));
+    __m256d y = _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
+    __m128d z = _mm_add_pd(_mm256_castpd256_pd128(y), _mm256_extractf128_pd(y, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(z, _mm_unpackhi_pd(z, z)));
+}
+
+V_INLINE vf v_scale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+V_INLINE vf v_swap_pairs(vf a) { return _mm512_permute_ps(a, 0xB1); }
+
+V_INLINE vf v_load_f16(const uint16_t *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+V_INLINE void v_store_f16(uint16_t *p, vf x)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+V_INLINE vf v_load_bf16(const uint16_t *p)
+{
+    vi x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+V_INLINE vi v_round_bf16(vf x)
+{
+    vi bits = _mm512_castps_si512(x);
+    vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    vi near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    vi quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_srli_epi32(_mm512_mask_mov_epi32(near, nan, quiet), 16);
+}
+V_INLINE void v_store_bf16(uint16_t *p, vf x)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v_round_bf16(x)));
+}
+
+V_INLINE vf v_from_u8(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+V_INLINE vf v_from_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int64_t dst_stride)
+{
+    vf r[16], s[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = v_load(src + i * src_stride);
+    for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { /* r[i + c]: rows i ... i + 3 of columns c, c + 4, c + 8, c + 12 */
+        r[i] = _mm512_shuffle_ps(s[i], s[i + 2], 0x44);
+        r[i + 1] = _mm512_shuffle_ps(s[i], s[i + 2], 0xEE);
+        r[i + 2] = _mm512_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        r[i + 3] = _mm512_shuffle_ps(s[i + 1], s[i + 3], 0xEE);
+    }
+    for (int c = 0; c < 4; c++) {
+        vf even0 = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x88);
+        vf odd0 = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xDD);
+        vf even1 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x88);
+        vf odd1 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xDD);
+        v_store(dst + c * dst_stride, _mm512_shuffle_f32x4(even0, even1, 0x88));
+        v_store(dst + (c + 4) * dst_stride, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+        v_store(dst + (c + 8) * dst_stride, _mm512_shuffle_f32x4(even0, even1, 0xDD));
+        v_store(dst + (c + 12) * dst_stride, _mm512_shuffle_f32x4(odd0, odd1, 0xDD));
+    }
+}
+
+/* Byte products by VNNI, on 256 bits: a block of the quantized types is 32 bytes. */
+V_INLINE __m256i v_dot_u8s8(__m256i u, __m256i s)
+{
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s);
+}
+/* Signed weights are made unsigned by adding 128, so 128 times the sum of s comes off again. */
+enum { SIGNED_BIAS = 128 };
+V_INLINE __m256i v_dot_s8s8(__m256i a, __m256i s)
+{
+    return v_dot_u8s8(_mm256_xor_si256(a, _mm256_set1_epi8(-128)), s);
+}

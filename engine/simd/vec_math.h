@@ -1,0 +1,65 @@
+/* What every vector layer gets from the operations it has: exponential, logistic, ragged transposes. */
+
+/* e^x for x <= 88, within 2 units in the last place above -87; far below it is 0. x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts (Cody and Waite), and the polynomial of
+ * Cephes' expf for e^r (S. Moshier, netlib.org/cephes). */
+V_INLINE vf v_exp(vf x)
+{
+    x = v_max(v_set1(-104.0f), x); /* in this order a NaN passes */
+    vf n = v_round(v_mul(x, v_set1(1.44269504088896341f)));
+    vf r = v_fma(n, v_set1(-0.693359375f), x);
+    r = v_fma(n, v_set1(2.12194440e-4f), r);
+    vf p = v_set1(1.9875691500e-4f);
+    p = v_fma(p, r, v_set1(1.3981999507e-3f));
+    p = v_fma(p, r, v_set1(8.3334519073e-3f));
+    p = v_fma(p, r, v_set1(4.1665795894e-2f));
+    p = v_fma(p, r, v_set1(1.6666665459e-1f));
+    p = v_fma(p, r, v_set1(5.0000001201e-1f));
+    p = v_add(v_fma(p, v_mul(r, r), r), v_set1(1.0f));
+    return v_scale2(p, n);
+}
+
+/* 1 / (1 + e^-x); e^-x is cut at e^88, where the result is below 1e-38 anyway. */
+V_INLINE vf v_logistic(vf x)
+{
+    vf limit = v_sub(v_zero(), v_max(v_set1(-88.0f), x));
+    return v_div(v_set1(1.0f), v_add(v_set1(1.0f), v_exp(limit)));
+}
+
+/* Sum of a[i] b[i] over n floats: four partial vectors, so that latency does not bound it. */
+V_INLINE float v_dot(const float *a, const float *b, int64_t n)
+{
+    vf s0 = v_zero(), s1 = v_zero(), s2 = v_zero(), s3 = v_zero();
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+        s0 = v_fma(v_load(a + i), v_load(b + i), s0);
+        s1 = v_fma(v_load(a + i + VL), v_load(b + i + VL), s1);
+        s2 = v_fma(v_load(a + i + 2 * VL), v_load(b + i + 2 * VL), s2);
+        s3 = v_fma(v_load(a + i + 3 * VL), v_load(b + i + 3 * VL), s3);
+    }
+    for (; i + VL <= n; i += VL)
+        s0 = v_fma(v_load(a + i), v_load(b + i), s0);
+    if (i < n)
+        s1 = v_fma(v_load_n(a + i, n - i), v_load_n(b + i, n - i), s1);
+    return v_sum(v_add(v_add(s0, s1), v_add(s2, s3)));
+}
+
+/* dst[j][i] = src[i][j] for rows x cols elements of 32 bits. */
+V_INLINE void transpose_edge(
+    const float *src, int64_t src_stride, int64_t rows, int64_t cols, float *dst, int64_t dst_stride)
+{
+    for (int64_t j = 0; j < cols; j++)
+        for (int64_t i = 0; i < rows; i++)
+            dst[j * dst_stride + i] = src[i * src_stride + j];
+}
+
+static __attribute__((unused)) void FN(transpose)(
+    const float *src, int64_t src_stride, int64_t rows, int64_t cols, float *dst, int64_t dst_stride)
+{
+    int64_t whole_rows = rows / VL * VL, whole_cols = cols / VL * VL;
+    for (int64_t i = 0; i < whole_rows; i += VL)
+        for (int64_t j = 0; j < whole_cols; j += VL)
+            v_transpose(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
+    transpose_edge(
+        src + whole_cols, src_stride, whole_rows, cols - whole_cols, dst + whole_cols * dst_stride, dst_stride);
+    transpose_edge(src + whole_rows * src_stride, src_stride, rows - whole_rows, cols, dst + whole_rows, dst_stride);
+}

@@ -1,0 +1,187 @@
+"""The generation loop on a context that only counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.errors import DataError, ShapeError
+from engine.generate import (
+    Generation,
+    StopReason,
+    check_prompt_fits,
+    context_size,
+    kept_positions,
+)
+
+N_VOCAB = 16
+END = 15
+
+
+class FakeContext:
+    """Holds token ids where a context holds keys and values; logits tell how many there are."""
+
+    def __init__(self, n_ctx: int) -> None:
+        self.n_ctx = n_ctx
+        self.held: list[int] = []
+        self.calls: list[list[int]] = []
+
+    @property
+    def n_past(self) -> int:
+        return len(self.held)
+
+    def evaluate(self, tokens):
+        self.calls.append(list(tokens))
+        self.held += tokens
+        assert self.n_past <= self.n_ctx, "more tokens than the context has positions"
+        logits = np.zeros(N_VOCAB, dtype=np.float32)
+        logits[self.n_past % N_VOCAB] = 1
+        return logits
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        assert n_discard > 0
+        del self.held[n_keep : n_keep + n_discard]
+
+
+class ScriptedSampler:
+    """Says what it is told to say, then tokens of its own count."""
+
+    def __init__(self, script=()) -> None:
+        self.script = list(script)
+        self.accepted: list[int] = []
+        self.logits: list[np.ndarray] = []
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+    def sample(self, logits) -> int:
+        self.logits.append(logits)
+        return self.script.pop(0) if self.script else len(self.accepted) % (N_VOCAB - 1)
+
+
+def generation(context, sampler, prompt, **options):
+    return Generation(context, sampler, prompt, is_end=lambda token: token == END, **options)
+
+
+def test_the_tokens_of_the_sampler_come_out_in_order():
+    context, sampler = FakeContext(64), ScriptedSampler([3, 1, 4, 1, 5])
+    run = generation(context, sampler, [9, 8, 7], n_predict=5)
+    assert list(run) == [3, 1, 4, 1, 5]
+    assert run.stopped is StopReason.ENOUGH_TOKENS
+
+
+def test_prompt_and_tokens_enter_the_history_once_each():
+    sampler = ScriptedSampler([3, 1, 4])
+    list(generation(FakeContext(64), sampler, [9, 8], n_predict=3))
+    assert sampler.accepted == [9, 8, 3, 1, 4]
+
+
+def test_the_last_token_is_not_evaluated():
+    context = FakeContext(64)
+    list(generation(context, ScriptedSampler([3, 1, 4]), [9, 8], n_predict=3))
+    assert context.calls == [[9, 8], [3], [1]]
+
+
+def test_the_sampler_sees_the_logits_of_the_last_token():
+    sampler = ScriptedSampler([3, 1])
+    list(generation(FakeContext(64), sampler, [9, 8], n_predict=2))
+    assert [int(np.argmax(logits)) for logits in sampler.logits] == [2, 3]
+
+
+def test_an_end_token_is_given_out_and_ends_the_run():
+    run = generation(FakeContext(64), ScriptedSampler([3, END, 4]), [9], n_predict=10)
+    assert list(run) == [3, END]
+    assert run.stopped is StopReason.END_OF_GENERATION
+
+
+def test_a_prompt_that_ends_the_text_generates_nothing():
+    context = FakeContext(64)
+    run = generation(context, ScriptedSampler(), [9, END])
+    assert list(run) == []
+    assert run.stopped is StopReason.END_OF_GENERATION
+    assert context.calls == []
+
+
+def test_no_tokens_wanted_evaluates_nothing():
+    context = FakeContext(64)
+    run = generation(context, ScriptedSampler(), [9], n_predict=0)
+    assert list(run) == []
+    assert context.calls == []
+
+
+def test_a_run_until_the_context_is_full_stops_before_its_last_position():
+    context = FakeContext(16)
+    run = generation(context, ScriptedSampler(), [1, 2, 3, 4], n_predict=-2)
+    made = list(run)
+    assert run.stopped is StopReason.CONTEXT_FULL
+    assert context.n_past == 15
+    assert len(made) == 16 - 4
+
+
+def test_a_full_context_drops_half_of_what_follows_the_kept_tokens():
+    context = FakeContext(16)
+    run = iter(generation(context, ScriptedSampler(), [1, 2, 3, 4], n_predict=14, n_keep=3))
+    made = [next(run) for _ in range(12)]
+    assert context.n_past == 15
+    before = list(context.held)
+    next(run)
+    assert context.held == before[:3] + before[9:] + made[-1:]
+
+
+def test_an_endless_run_never_leaves_the_context(rng):
+    n_ctx = int(rng.integers(16, 40))
+    n_prompt = int(rng.integers(1, n_ctx - 4))
+    n_keep = kept_positions(int(rng.integers(-1, n_prompt + 3)), n_prompt, add_bos=True)
+    prompt = rng.integers(0, END, n_prompt).tolist()
+    context = FakeContext(n_ctx)
+    n_predict = 5 * n_ctx
+    run = generation(context, ScriptedSampler(), prompt, n_predict=n_predict, n_keep=n_keep)
+    assert sum(1 for _ in run) == n_predict
+    assert context.held[: min(n_keep, n_prompt)] == prompt[:n_keep]
+
+
+def test_timings_count_prompt_evaluations_and_samples():
+    run = generation(FakeContext(64), ScriptedSampler(), [1, 2, 3], n_predict=5)
+    list(run)
+    timings = run.timings
+    assert (timings.prompt.count, timings.evaluation.count, timings.sampling.count) == (3, 4, 5)
+    assert timings.prompt.ms > 0
+    assert timings.prompt.ms_each == pytest.approx(timings.prompt.ms / 3)
+    assert timings.prompt.per_second == pytest.approx(3 / timings.prompt.seconds)
+
+
+def test_a_phase_without_work_has_no_rates():
+    run = generation(FakeContext(64), ScriptedSampler(), [1], n_predict=0)
+    list(run)
+    assert (run.timings.evaluation.ms_each, run.timings.evaluation.per_second) == (0, 0)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(DataError, match="prompt is empty"):
+        generation(FakeContext(64), ScriptedSampler(), [])
+
+
+@pytest.mark.parametrize("n_prompt", [29, 40])
+def test_a_prompt_longer_than_the_context_allows_is_refused(n_prompt):
+    with pytest.raises(ShapeError, match=rf"prompt is too long \({n_prompt} tokens, max 28\)"):
+        generation(FakeContext(32), ScriptedSampler(), [1] * n_prompt)
+
+
+def test_the_longest_prompt_that_fits_is_accepted():
+    check_prompt_fits(28, 32)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"), [(0, 2048), (1, 32), (7, 32), (32, 32), (33, 64), (64, 64), (50, 64)]
+)
+def test_context_sizes_are_whole_grains(wanted, chosen):
+    assert context_size(wanted, 2048) == chosen
+
+
+@pytest.mark.parametrize(
+    ("n_keep", "add_bos", "kept"),
+    [(0, True, 1), (0, False, 0), (4, True, 5), (4, False, 4), (10, True, 11), (-1, True, 10),
+     (11, True, 10), (11, False, 10)],
+)  # fmt: skip
+def test_kept_positions_follow_the_original(n_keep, add_bos, kept):
+    assert kept_positions(n_keep, 10, add_bos=add_bos) == kept

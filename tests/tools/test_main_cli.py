@@ -1,0 +1,452 @@
+"""The command line of `main`: defaults, spellings, refusals; no model is loaded here."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from engine.tools import main as command
+from engine.tools.main_options import TABLE, MainOptions, PromptSource, parse
+from engine.tools.options import UsageError
+
+from engine.errors import OptionError
+
+DEFAULTS = {
+    "model": "models/7B/ggml-model-f16.gguf",
+    "prompt": (),
+    "escape": True,
+    "n_predict": -1,
+    "n_keep": 0,
+    "n_ctx": 0,
+    "n_batch": 2048,
+    "n_ubatch": 512,
+    "threads": None,
+    "threads_batch": None,
+    "seed": 2**32 - 1,
+    "display_prompt": True,
+    "verbose_prompt": False,
+    "special": False,
+    "log": True,
+    "check_tensors": False,
+    "gpu_layers": -1,
+    "adapters": (),
+    "samplers": "top_k;tfs_z;typical_p;top_p;min_p;temperature",
+    "temp": 0.8,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "tfs_z": 1.0,
+    "typical_p": 1.0,
+    "repeat_last_n": 64,
+    "repeat_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "penalize_nl": False,
+    "dynatemp_range": 0.0,
+    "dynatemp_exponent": 1.0,
+    "mirostat": 0,
+    "mirostat_eta": 0.1,
+    "mirostat_tau": 5.0,
+    "ignore_eos": False,
+    "logit_bias": (),
+    "given": frozenset(),
+}
+
+# Every spelling that the original's shared parser knows (June 2024).
+ORIGINAL = """
+--alias --all-logits --api-key --api-key-file --batch-size --binary-file --cache-type-k
+--cache-type-v --cfg-negative-prompt --cfg-negative-prompt-file --cfg-scale --chat-template
+--check-tensors --chunk --chunk-separator --chunk-size --chunks --color --cont-batching
+--context-file --control-vector --control-vector-layer-range --control-vector-scaled
+--conversation --ctx-size --defrag-thold --draft --dump-kv-cache --dynatemp-exp --dynatemp-range
+--embedding --embeddings --escape --file --flash-attn --frequency-penalty --from-chunk
+--gpu-layers --gpu-layers-draft --grammar --grammar-file --grp-attn-n --grp-attn-w --hellaswag
+--hellaswag-tasks --help --hf-file --hf-repo --host --ignore-eos --image --in-file --in-prefix
+--in-prefix-bos --in-suffix --infill --interactive --interactive-first --json-schema --junk
+--keep --kl-divergence --kl-divergence-base --log-append --log-disable --log-enable --log-file
+--log-format --log-new --log-test --logdir --logit-bias --lookup-cache-dynamic
+--lookup-cache-static --lora --lora-base --lora-scaled --main-gpu --metrics --min-p --mirostat
+--mirostat-ent --mirostat-lr --mlock --mmproj --model --model-draft --model-url
+--multiline-input --multiple-choice --multiple-choice-tasks --n-gpu-layers --n-predict
+--no-display-prompt --no-escape --no-kv-offload --no-mmap --no-ppl --no-slots --numa --output
+--output-file --output-frequency --override-kv --p-split --parallel --path --penalize-nl
+--perplexity --pooling --port --pos --ppl-output-type --ppl-stride --predict --presence-penalty
+--print-token-count --process-output --prompt --prompt-cache --prompt-cache-all
+--prompt-cache-ro --repeat-last-n --repeat-penalty --reverse-prompt --rope-freq-base
+--rope-freq-scale --rope-scale --rope-scaling --rpc --samplers --sampling-seq --save-all-logits
+--save-frequency --seed --sequences --simple-io --slot-prompt-similarity --slot-save-path
+--special --split-mode --ssl-cert-file --ssl-key-file --system-prompt-file --temp --tensor-split
+--tfs --threads --threads-batch --threads-batch-draft --threads-draft --threads-http --timeout
+--top-k --top-p --typical --ubatch-size --usage --verbose --verbose-prompt --verbosity --version
+--winogrande --winogrande-tasks --yarn-attn-factor --yarn-beta-fast --yarn-beta-slow
+--yarn-ext-factor --yarn-orig-ctx -a -b -bf -c -cb -cnv -co -ctk -ctv -dkvc -dt -e -f -fa -gan
+-gaw -h -hff -hfr -i -if -j -l -lcd -lcs -ld -m -md -mg -mli -mu -n -ngl -ngld -nkvo -np -npl
+-npp -ns -ntg -o -ofreq -p -pps -ps -ptc -r -s -sm -sp -spf -sps -t -tb -tbd -td -to -ts -ub -v
+""".split()
+
+OFFERED = {
+    "-h", "--version", "-m", "-p", "-f", "-bf", "-e", "--no-escape", "-n", "--keep", "-s",
+    "--no-display-prompt", "--verbose-prompt", "-sp", "--log-enable", "--log-disable", "-t", "-tb",
+    "-c", "-b", "-ub", "--check-tensors", "-ngl", "--lora", "--lora-scaled", "--samplers",
+    "--sampling-seq", "--ignore-eos", "-l", "--temp", "--top-k", "--top-p", "--min-p", "--tfs",
+    "--typical", "--repeat-last-n", "--repeat-penalty", "--presence-penalty",
+    "--frequency-penalty", "--penalize-nl", "--dynatemp-range", "--dynatemp-exp", "--mirostat",
+    "--mirostat-lr", "--mirostat-ent",
+}  # fmt: skip
+
+FLAGS = {
+    "-e": ("escape", True),
+    "--escape": ("escape", True),
+    "--no-escape": ("escape", False),
+    "--no-display-prompt": ("display_prompt", False),
+    "--verbose-prompt": ("verbose_prompt", True),
+    "-sp": ("special", True),
+    "--special": ("special", True),
+    "--log-enable": ("log", True),
+    "--log-disable": ("log", False),
+    "--check-tensors": ("check_tensors", True),
+    "--ignore-eos": ("ignore_eos", True),
+    "--penalize-nl": ("penalize_nl", True),
+}
+
+NUMBERS = {
+    "-n": "n_predict",
+    "--predict": "n_predict",
+    "--n-predict": "n_predict",
+    "--keep": "n_keep",
+    "-c": "n_ctx",
+    "--ctx-size": "n_ctx",
+    "-b": "n_batch",
+    "--batch-size": "n_batch",
+    "-ub": "n_ubatch",
+    "--ubatch-size": "n_ubatch",
+    "-t": "threads",
+    "--threads": "threads",
+    "-tb": "threads_batch",
+    "--threads-batch": "threads_batch",
+    "-s": "seed",
+    "--seed": "seed",
+    "-ngl": "gpu_layers",
+    "--gpu-layers": "gpu_layers",
+    "--n-gpu-layers": "gpu_layers",
+    "--temp": "temp",
+    "--top-k": "top_k",
+    "--top-p": "top_p",
+    "--min-p": "min_p",
+    "--tfs": "tfs_z",
+    "--typical": "typical_p",
+    "--repeat-last-n": "repeat_last_n",
+    "--repeat-penalty": "repeat_penalty",
+    "--frequency-penalty": "frequency_penalty",
+    "--presence-penalty": "presence_penalty",
+    "--dynatemp-range": "dynatemp_range",
+    "--dynatemp-exp": "dynatemp_exponent",
+    "--mirostat": "mirostat",
+    "--mirostat-lr": "mirostat_eta",
+    "--mirostat-ent": "mirostat_tau",
+}
+
+
+def options(*arguments: str) -> MainOptions:
+    return parse(arguments)[0]
+
+
+def both_spellings(names):
+    return sorted({spelling for name in names for spelling in (name, underscored(name))})
+
+
+def underscored(name: str) -> str:
+    return "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+
+
+def test_every_default_is_the_documented_one():
+    values = options()
+    found = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    assert found == DEFAULTS
+
+
+def test_the_defaults_of_sampling_are_the_engines_own():
+    sampling = pytest.importorskip("engine.sampling")
+    params, values = sampling.SamplingParams(), options()
+    names = {
+        "temp": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "tfs_z": "tfs_z",
+        "typical_p": "typical_p", "repeat_last_n": "penalty_last_n",
+        "repeat_penalty": "penalty_repeat", "frequency_penalty": "penalty_freq",
+        "presence_penalty": "penalty_present", "penalize_nl": "penalize_nl",
+        "dynatemp_range": "dynatemp_range", "dynatemp_exponent": "dynatemp_exponent",
+        "mirostat": "mirostat", "mirostat_eta": "mirostat_eta", "mirostat_tau": "mirostat_tau",
+        "seed": "seed",
+    }  # fmt: skip
+    for ours, theirs in names.items():
+        assert getattr(values, ours) == getattr(params, theirs), ours
+    assert sampling.sampler_order(values.samplers) == params.samplers
+
+
+@pytest.mark.parametrize("spelling", both_spellings(ORIGINAL))
+def test_no_option_of_the_original_is_unknown(spelling):
+    assert TABLE.find(spelling.replace("_", "-")) is not None
+
+
+def test_the_offered_options_are_these():
+    assert {row.spellings[0] for row in TABLE.offered()} == OFFERED
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE.rows if row.refused],
+                         ids=lambda row: row.spellings[-1])  # fmt: skip
+def test_every_other_option_is_refused_by_name(row):
+    for name in row.spellings:
+        with pytest.raises(OptionError, match=f"^option {name} of the original is not "):
+            options(underscored(name), "1")
+
+
+@pytest.mark.parametrize("spelling", both_spellings(FLAGS))
+def test_flags_set_their_field(spelling):
+    field, value = FLAGS[spelling.replace("_", "-")]
+    assert getattr(options(spelling), field) is value
+
+
+@pytest.mark.parametrize("spelling", both_spellings(NUMBERS))
+def test_numbers_set_their_field(spelling):
+    assert getattr(options(spelling, "1"), NUMBERS[spelling.replace("_", "-")]) == 1
+
+
+def test_a_negative_temperature_is_zero():
+    assert options("--temp", "-1").temp == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("-c", "-1"), ("-b", "0"), ("-ub", "0"), ("--mirostat", "3"), ("--repeat-last-n", "-2")],
+)
+def test_a_value_that_cannot_work_is_refused_with_the_options_name(option, value):
+    with pytest.raises(OptionError, match=f"^{option}: {value} is "):
+        options(option, value)
+
+
+def test_adapters_of_both_kinds_keep_their_order():
+    given = ["--lora", "a", "--lora_scaled", "b", "0.5", "--lora-scaled", "c", "-1", "--lora", "d"]
+    assert options(*given).adapters == (("a", 1.0), ("b", 0.5), ("c", -1.0), ("d", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("argument", "bias"),
+    [("300+5", (300, 5.0)), ("300-5", (300, -5.0)), ("2-inf", (2, float("-inf"))),
+     ("7+-1.5", (7, -1.5)), (" 7 + 1", (7, 1.0))],
+)  # fmt: skip
+def test_biases_are_token_sign_and_number(argument, bias):
+    assert options("--logit-bias", argument).logit_bias == (bias,)
+
+
+@pytest.mark.parametrize("argument", ["", "300", "300*5", "x+1", "300+", "300+x", "300+nan"])
+def test_a_malformed_bias_names_the_option(argument):
+    with pytest.raises(UsageError, match=r"^invalid parameter for argument: -l: "):
+        options("-l", argument)
+
+
+def prompt(*arguments: str) -> bytes:
+    return command._prompt_bytes(options(*arguments))
+
+
+def test_escapes_in_the_prompt_are_resolved_unless_turned_off():
+    assert prompt("-p", r"a\nb\x41") == b"a\nbA"
+    assert prompt("-p", r"a\nb", "--no-escape") == rb"a\nb"
+
+
+def test_a_prompt_that_is_not_text_keeps_its_bytes():
+    assert prompt("-p", "m\udce9l") == b"m\xe9l"
+
+
+def test_prompt_files_lose_one_line_break_and_join_what_came_before(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"from a file\n\n")
+    assert prompt("-f", str(file)) == b"from a file\n"
+    assert prompt("-p", "first, ", "-f", str(file)) == b"first, from a file\n"
+    assert prompt("-f", str(file), "-p", "last") == b"last"
+    assert prompt("-p", "first", "-bf", str(file)) == b"from a file\n\n"
+
+
+def test_a_missing_prompt_file_is_one_line(tmp_path, capsys):
+    assert command.main(["-f", str(tmp_path / "none.txt"), "-m", "none"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"error: --file: {tmp_path}/none.txt: No such file or directory\n"
+
+
+def test_prompt_sources_are_told_apart():
+    sources = [source for source, _ in options("-p", "a", "-f", "b", "-bf", "c").prompt]
+    assert sources == [PromptSource.TEXT, PromptSource.FILE, PromptSource.BINARY_FILE]
+
+
+def test_threads_default_to_the_usable_cores_and_batches_to_threads():
+    session = command._Session(options("-t", "3"), command._Log(False))
+    assert (session.threads, session.threads_batch) == (3, 3)
+    session = command._Session(options("-t", "0", "-tb", "2"), command._Log(False))
+    assert session.threads >= 1
+    assert session.threads_batch == 2
+
+
+def test_help_goes_to_standard_output_without_numpy():
+    code = "import sys; from engine.tools.main import main\nstatus = main(['--help'])\n"
+    code += "sys.exit(status or ('numpy' in sys.modules and 'numpy was imported') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == TABLE.usage()
+
+
+def test_an_unknown_argument_is_followed_by_the_usage_on_standard_error(capsys):
+    assert command.main(["--top_q", "3"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: unknown argument: --top-q\n" + TABLE.usage()
+
+
+def test_a_refused_option_is_one_line(capsys):
+    assert command.main(["-p", "x", "-i"]) == 1
+    assert capsys.readouterr().err == "error: option -i of the original is not offered yet\n"
+
+
+def test_a_missing_model_is_one_line(capsys):
+    assert command.main(["-m", "no-such.gguf"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: no-such.gguf: ") and captured.err.count("\n") == 1
+
+
+def test_the_version_is_told_on_standard_error(capsys):
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().err.startswith("version: ")
+
+
+def test_a_closed_standard_output_ends_quietly():
+    code = "import sys; from engine.tools.main import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    with process.stderr as stream:
+        errors = stream.read()
+    assert (process.wait(), errors) == (141, b"")
+
+
+# The text that a generation becomes, with a tokenizer and a generation that follow a script.
+
+PIECES = [b"<s>", b" The", b" end", b"\0", b"a\0b", b"</s>"]
+
+
+class ScriptedTokenizer:
+    bos_id, eos_id = 0, 5
+    add_bos, add_eos = True, False
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        return PIECES[token] if special or token not in (self.bos_id, self.eos_id) else b""
+
+    def encode(self, text: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
+        body = [PIECES.index(b" " + word) for word in text.split()]
+        return [self.bos_id] * self.add_bos + body + [self.eos_id] * self.add_eos
+
+
+class ScriptedGeneration:
+    def __init__(self, script, stopped=None) -> None:
+        self.script, self.stopped = script, stopped
+
+    def __iter__(self):
+        for item in self.script:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+def stream(generation, *arguments: str, tokenizer=None) -> int:
+    log = command._Log(True)
+    log.release()
+    session = command._Session(options(*arguments), log)
+    return session._stream(generation, tokenizer or ScriptedTokenizer(), [0, 1])
+
+
+def test_standard_output_holds_the_prompt_and_the_text(capfd):
+    assert stream(ScriptedGeneration([2, 2])) == 0
+    assert capfd.readouterr() == (" The end end", "")
+
+
+def test_special_tokens_are_shown_on_request(capfd):
+    stream(ScriptedGeneration([2, 5]), "--special")
+    assert capfd.readouterr().out == "<s> The end</s>"
+
+
+def test_the_prompt_can_be_left_out(capfd):
+    stream(ScriptedGeneration([2]), "--no-display-prompt")
+    assert capfd.readouterr().out == " end"
+
+
+def test_without_tokens_to_make_nothing_is_shown(capfd):
+    stream(ScriptedGeneration([]), "-n", "0")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_piece_ends_at_its_first_zero_byte(capfd):
+    stream(ScriptedGeneration([3, 4]))
+    assert capfd.readouterr().out == " Thea"
+
+
+def test_the_end_of_the_text_is_noted_on_standard_error(capfd):
+    generate = pytest.importorskip("engine.generate")
+    end, full = generate.StopReason.END_OF_GENERATION, generate.StopReason.CONTEXT_FULL
+    stream(ScriptedGeneration([2, 5], end))
+    assert capfd.readouterr() == (" The end", " [end of text]\n")
+    stream(ScriptedGeneration([2], full))
+    assert "context full and n_predict == -2 => stopping" in capfd.readouterr().err
+
+
+def test_an_interrupt_ends_the_line_and_has_status_130(capfd):
+    assert stream(ScriptedGeneration([2, KeyboardInterrupt()])) == 130
+    assert capfd.readouterr().out == " The end\n"
+
+
+def prompt_tokens(text: bytes, **attributes):
+    tokenizer = ScriptedTokenizer()
+    for name, value in attributes.items():
+        setattr(tokenizer, name, value)
+    return command._Session(options(), command._Log(False))._prompt_tokens(tokenizer, text)
+
+
+def test_a_model_that_ends_its_texts_does_not_end_the_prompt():
+    assert prompt_tokens(b"The end", add_eos=True) == [0, 1, 2]
+
+
+def test_an_empty_prompt_begins_with_bos():
+    assert prompt_tokens(b"") == [0]
+    assert prompt_tokens(b"", add_bos=False) == [0]
+
+
+def test_an_empty_prompt_needs_a_bos():
+    from engine.errors import DataError
+
+    with pytest.raises(DataError, match="prompt is empty and the model has no BOS"):
+        prompt_tokens(b"", add_bos=False, bos_id=-1)
+
+
+def test_timings_follow_the_originals_template(capfd):
+    generate = pytest.importorskip("engine.generate")
+    timings = generate.Timings()
+    timings.prompt.add(0.5, 10)
+    timings.evaluation.add(2.0, 4)
+    timings.sampling.add(0.001, 5)
+    log = command._Log(True)
+    log.release()
+    session = command._Session(options(), log)
+    session._tell_timings(SimpleNamespace(timings=timings), 0.25, 2.75)
+    assert capfd.readouterr().err.splitlines() == [
+        "",
+        "llama_print_timings:        load time =     250.00 ms",
+        "llama_print_timings:      sample time =       1.00 ms /     5 runs   (    0.20 ms per "
+        "token,  5000.00 tokens per second)",
+        "llama_print_timings: prompt eval time =     500.00 ms /    10 tokens (   50.00 ms per "
+        "token,    20.00 tokens per second)",
+        "llama_print_timings:        eval time =    2000.00 ms /     4 runs   (  500.00 ms per "
+        "token,     2.00 tokens per second)",
+        "llama_print_timings:       total time =    2750.00 ms /    14 tokens",
+    ]

@@ -1,0 +1,374 @@
+"""The command `main`: continue a prompt with a model and any number of adapters.
+
+Standard output holds the text and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import DataError, OptionError
+from engine.locate import locate_model
+
+from . import main_options
+from .console import (
+    CLOSED_OUTPUT,
+    GPU_WARNINGS,
+    INTERRUPTED,
+    discard_output,
+    emit,
+    note,
+    run_command,
+    usable_cores,
+)
+from .main_options import MainOptions, PromptSource
+from .options import Parsed, process_escapes
+
+# Everything that loads numpy is imported where it is used: `--help` must not wait for it.
+if TYPE_CHECKING:
+    from engine.model import Context, Model
+
+    from engine.generate import Generation, Phase
+    from engine.lora import Adapter
+    from engine.sampling import SamplingParams
+    from engine.tokenizer import Tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; those of the process when absent.
+
+    Returns
+    -------
+    int
+        Exit status: 0; 1 for bad input; 130 when interrupted; 141 when standard output is closed.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command(main_options.TABLE, lambda: _run(given))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options, parsed = main_options.parse(arguments)
+    if parsed.stopped_by == "help":
+        emit(main_options.TABLE.usage().encode())
+        return 0
+    if parsed.stopped_by == "version":
+        note(_version())
+        return 0
+    log = _Log(options.log)
+    _warn(log, options, parsed)
+    return _Session(options, log).run()
+
+
+class _Log:
+    """Progress on standard error; silent where the user wants none.
+
+    Lines are held back until `release`: an error in what the user gave then stands alone.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.held: list[str] | None = []
+
+    def __call__(self, line: str = "") -> None:
+        if not self.enabled:
+            return
+        if self.held is None:
+            note(line)
+        else:
+            self.held.append(line)
+
+    def release(self) -> None:
+        held, self.held = self.held or [], None
+        for line in held:
+            self(line)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"version: {version('cylora')} (cylora)"
+    except PackageNotFoundError:
+        return "version: unknown (cylora, run from its source tree)"
+
+
+def _warn(log: _Log, options: MainOptions, parsed: Parsed) -> None:
+    for warning in parsed.warnings:
+        log(f"warning: {warning}")
+    if "gpu_layers" in options.given:
+        for line in GPU_WARNINGS:
+            log(line.format(option="--gpu-layers"))
+
+
+class _Session:
+    """One run: load, tell, generate, tell."""
+
+    def __init__(self, options: MainOptions, log: _Log) -> None:
+        self.options = options
+        self.log = log
+        self.seed = int(time.time()) if options.seed == main_options.CLOCK_SEED else options.seed
+        self.threads = _thread_count(options.threads, usable_cores())
+        self.threads_batch = _thread_count(options.threads_batch, self.threads)
+
+    def run(self) -> int:
+        # What needs no numpy is refused before it is loaded.
+        text = _prompt_bytes(self.options)
+        path = locate_model(self.options.model)
+        return self._complete(path, text)
+
+    def _complete(self, path: Path, text: bytes) -> int:
+        from engine.generate import Generation, check_prompt_fits, kept_positions
+        from engine.sampling import Sampler, describe
+
+        options, log = self.options, self.log
+        log(f"main: {_version()}")
+        log(f"main: seed  = {self.seed}")
+        began = time.perf_counter()
+        model = self._load_model(path)
+        tokenizer = model.tokenizer
+        prompt = self._prompt_tokens(tokenizer, text)
+        n_ctx = self._context_size(model)
+        check_prompt_fits(len(prompt), n_ctx)
+        context = self._make_context(model, n_ctx)
+        params = self._sampling_params(tokenizer)
+        sampler = Sampler(params, model.hparams.n_vocab, tokenizer.newline_id)
+        load_seconds = time.perf_counter() - began
+
+        log.release()
+        n_keep = kept_positions(options.n_keep, len(prompt), add_bos=tokenizer.declares_bos)
+        self._tell_system()
+        if options.verbose_prompt:
+            self._tell_prompt(tokenizer, text, prompt, n_keep)
+        log(describe(params))
+        log(
+            f"generate: n_ctx = {n_ctx}, n_batch = {options.n_batch}, "
+            f"n_predict = {options.n_predict}, n_keep = {n_keep}\n\n"
+        )
+        generation = Generation(
+            context,
+            sampler,
+            prompt,
+            is_end=tokenizer.is_eog,
+            n_predict=options.n_predict,
+            n_keep=n_keep,
+        )
+        return self._generate(generation, tokenizer, prompt, load_seconds)
+
+    def _load_model(self, path: Path) -> Model:
+        from engine.model import Model
+
+        self.log(f"main: loading model from '{path}'")
+        model = Model.load(
+            path, n_threads=self.threads_batch, check_tensors=self.options.check_tensors
+        )
+        for warning in model.warnings:
+            self.log(f"warning: {warning}")
+        h = model.hparams
+        self.log(
+            f"main: model: {h.n_layer} layers, n_embd = {h.n_embd}, n_head = {h.n_head}, "
+            f"n_head_kv = {h.n_head_kv}, n_vocab = {h.n_vocab}, n_ctx_train = {h.n_ctx_train}"
+        )
+        return model
+
+    def _prompt_tokens(self, tokenizer: Tokenizer, text: bytes) -> list[int]:
+        tokens = tokenizer.encode(text, add_special=True, parse_special=True)
+        if tokenizer.add_eos and tokens and tokens[-1] == tokenizer.eos_id:
+            # Some models end every text; generation is to go on.
+            tokens = tokens[:-1]
+        if tokenizer.add_bos and tokens[:2] == [tokenizer.bos_id] * 2:
+            self.log("main: warning: the prompt begins with BOS, and the model adds another one")
+        if not tokens and tokenizer.bos_id < 0:
+            raise DataError("the prompt is empty and the model has no BOS token; give one with -p")
+        return tokens or [tokenizer.bos_id]
+
+    def _context_size(self, model: Model) -> int:
+        from engine.generate import SMALLEST_CONTEXT, context_size
+
+        wanted, trained = self.options.n_ctx, model.hparams.n_ctx_train
+        if 0 < wanted < SMALLEST_CONTEXT:
+            self.log(
+                f"main: warning: minimum context size is {SMALLEST_CONTEXT}, using minimum size."
+            )
+        n_ctx = context_size(wanted, trained)
+        if n_ctx > trained and wanted:
+            self.log(
+                f"main: warning: model was trained on only {trained} context tokens "
+                f"({n_ctx} specified)"
+            )
+        return n_ctx
+
+    def _make_context(self, model: Model, n_ctx: int) -> Context:
+        from engine.model import Context
+
+        return Context(
+            model,
+            n_ctx,
+            n_batch=self.options.n_batch,
+            n_ubatch=self.options.n_ubatch,
+            n_threads=self.threads,
+            n_threads_batch=self.threads_batch,
+            adapters=self._load_adapters(model),
+        )
+
+    def _load_adapters(self, model: Model) -> list[tuple[Adapter, float]]:
+        from engine.lora import KINDS, check_fits, read_adapter
+
+        shapes = model.adapter_shapes(dict.fromkeys(KINDS, 1))
+        adapters = []
+        for name, scale in self.options.adapters:
+            adapter = read_adapter(name)
+            check_fits(adapter, shapes)
+            n = len(adapter.pairs)
+            self.log(f"main: lora: '{name}': scale {scale:g}, applied {n} of {n} tensors")
+            adapters.append((adapter, scale))
+        return adapters
+
+    def _sampling_params(self, tokenizer: Tokenizer) -> SamplingParams:
+        from engine.sampling import SamplingParams, sampler_order
+
+        options = self.options
+        bias = dict(options.logit_bias)
+        if options.ignore_eos and tokenizer.eos_id >= 0:
+            bias[tokenizer.eos_id] = float("-inf")
+        return SamplingParams(
+            temp=options.temp,
+            dynatemp_range=options.dynatemp_range,
+            dynatemp_exponent=options.dynatemp_exponent,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            tfs_z=options.tfs_z,
+            typical_p=options.typical_p,
+            penalty_last_n=options.repeat_last_n,
+            penalty_repeat=options.repeat_penalty,
+            penalty_freq=options.frequency_penalty,
+            penalty_present=options.presence_penalty,
+            penalize_nl=options.penalize_nl,
+            mirostat=options.mirostat,
+            mirostat_tau=options.mirostat_tau,
+            mirostat_eta=options.mirostat_eta,
+            logit_bias=bias,
+            samplers=sampler_order(options.samplers),
+            seed=self.seed,
+        )
+
+    def _tell_system(self) -> None:
+        from engine.kernels import active_isa
+
+        batch = f" (n_threads_batch = {self.threads_batch})" if self.options.threads_batch else ""
+        self.log(
+            f"\nsystem_info: n_threads = {self.threads}{batch} / {os.cpu_count()} | "
+            f"ISA = {active_isa()} | "
+        )
+
+    def _tell_prompt(
+        self, tokenizer: Tokenizer, text: bytes, prompt: Sequence[int], n_keep: int
+    ) -> None:
+        def shown(raw: bytes) -> str:
+            return raw.decode("utf-8", "replace")
+
+        self.log(f"\nmain: prompt: '{shown(text)}'")
+        self.log(f"main: number of tokens in prompt = {len(prompt)}")
+        for token in prompt:
+            self.log(f"{token:6d} -> '{shown(tokenizer.piece(token, True))}'")
+        if n_keep > tokenizer.declares_bos:
+            kept = b"".join(tokenizer.piece(token, True) for token in prompt[:n_keep])
+            self.log(f"main: static prompt based on n_keep: '{shown(kept)}'")
+        self.log()
+
+    def _generate(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        load_seconds: float,
+    ) -> int:
+        began = time.perf_counter()
+        status = self._stream(generation, tokenizer, prompt)
+        self._tell_timings(generation, load_seconds, time.perf_counter() - began)
+        return status
+
+    def _stream(self, generation: Generation, tokenizer: Tokenizer, prompt: Sequence[int]) -> int:
+        from engine.generate import StopReason
+
+        options = self.options
+        try:
+            if options.display_prompt and options.n_predict != 0:
+                emit(b"".join(self._shown(tokenizer, token) for token in prompt))
+            for token in generation:
+                emit(self._shown(tokenizer, token))
+        except KeyboardInterrupt:
+            emit(b"\n")
+            return INTERRUPTED
+        except BrokenPipeError:
+            discard_output()
+            return CLOSED_OUTPUT
+        if generation.stopped is StopReason.END_OF_GENERATION:
+            self.log(" [end of text]")
+        elif generation.stopped is StopReason.CONTEXT_FULL:
+            self.log("\n\nmain: context full and n_predict == -2 => stopping")
+        return 0
+
+    def _shown(self, tokenizer: Tokenizer, token: int) -> bytes:
+        # The original prints C strings: a piece ends at its first zero byte.
+        return tokenizer.piece(token, self.options.special).partition(b"\0")[0]
+
+    def _tell_timings(
+        self, generation: Generation, load_seconds: float, total_seconds: float
+    ) -> None:
+        timings = generation.timings
+        n_tokens = timings.prompt.count + timings.evaluation.count
+        head = "llama_print_timings:"
+        self.log(f"\n{head}        load time = {load_seconds * 1e3:10.2f} ms")
+        self.log(f"{head}      sample time = {_rates(timings.sampling, 'runs  ')}")
+        self.log(f"{head} prompt eval time = {_rates(timings.prompt, 'tokens')}")
+        self.log(f"{head}        eval time = {_rates(timings.evaluation, 'runs  ')}")
+        self.log(f"{head}       total time = {total_seconds * 1e3:10.2f} ms / {n_tokens:5d} tokens")
+
+
+def _rates(phase: Phase, unit: str) -> str:
+    return (
+        f"{phase.ms:10.2f} ms / {phase.count:5d} {unit} ({phase.ms_each:8.2f} ms per token, "
+        f"{phase.per_second:8.2f} tokens per second)"
+    )
+
+
+def _thread_count(wanted: int | None, otherwise: int) -> int:
+    if wanted is None:
+        return otherwise
+    return wanted if wanted > 0 else os.cpu_count() or 1
+
+
+def _prompt_bytes(options: MainOptions) -> bytes:
+    """Put the prompt together in the order of its options."""
+    prompt = b""
+    for source, value in options.prompt:
+        if source is PromptSource.TEXT:
+            prompt = os.fsencode(value)
+        elif source is PromptSource.BINARY_FILE:
+            prompt = _file_bytes("--binary-file", value)
+        else:
+            prompt = (prompt + _file_bytes("--file", value)).removesuffix(b"\n")
+    return process_escapes(prompt) if options.escape else prompt
+
+
+def _file_bytes(option: str, name: str) -> bytes:
+    try:
+        with open(name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise OptionError(f"{option}: {name}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

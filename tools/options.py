@@ -1,0 +1,459 @@
+"""Options of a command as rows of a table: the parser, the usage text and the documentation.
+
+The commands read their arguments as the original programs do, which no parser of the standard
+library can: from left to right, a value is always the next argument (it may begin with ``-``),
+``--opt=value`` is unknown, and ``_`` equals ``-`` in names that begin with ``--`` only.
+
+``python -m engine.tools.options finetune`` (or ``main``) prints the table for the documentation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.errors import OptionError
+
+FLOAT_MAX = 3.4028234663852886e38
+INT_MIN, INT_MAX, SEED_MAX = -(2**31), 2**31 - 1, 2**32 - 1
+
+_WHOLE = re.compile(r"\s*[+-]?[0-9]+")
+_REAL = re.compile(
+    r"\s*[+-]?(?:inf(?:inity)?|nan|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.IGNORECASE
+)
+_ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{2}|[nrt'\"\\])")
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
+
+HELP_COLUMN = 34
+WIDTH = 100
+
+
+class UsageError(OptionError):
+    """Arguments that cannot be read; the usage is shown after the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of an option.
+
+    Parameters
+    ----------
+    metavar : str
+        What stands for it in the usage.
+    convert : callable
+        From the argument to the value and the part of the argument that was left over;
+        raises ValueError with what was expected.
+    problem : callable
+        From the value to what is wrong with it; empty when nothing is.
+    """
+
+    metavar: str
+    convert: Callable[[str], tuple[Any, str]]
+    problem: Callable[[Any], str] = lambda _value: ""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One row of a command's table.
+
+    Parameters
+    ----------
+    spellings : tuple of str
+        Names, with ``-`` inside; long names are also accepted with ``_``.
+    dest : str
+        The field of the command's dataclass that it sets.
+    help : str
+        One or two sentences for the usage and the documentation.
+    values : tuple of Value
+        What follows; nothing for a flag.
+    default : object
+        The field's value when the option is absent.
+    constant : object
+        What a flag stores.
+    make : callable, optional
+        From the values to what is stored; the value itself (or their tuple) when absent.
+    repeat : bool
+        Every occurrence counts and they are kept in order; else the last one counts.
+    shown_default : str, optional
+        What the usage calls the default, where the value does not say it.
+    stops : bool
+        Acts where it stands: nothing after it is read.
+    refused : str
+        Why the option is known but not offered; empty for an offered one.
+    group : str
+        Heading under which it is listed.
+    """
+
+    spellings: tuple[str, ...]
+    dest: str = ""
+    help: str = ""
+    values: tuple[Value, ...] = ()
+    default: Any = None
+    constant: Any = True
+    make: Callable[..., Any] | None = None
+    repeat: bool = False
+    shown_default: str | None = None
+    stops: bool = False
+    refused: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What the arguments said: every field's value, the fields that were given, remarks."""
+
+    values: dict[str, Any]
+    given: frozenset[str]
+    warnings: tuple[str, ...]
+    stopped_by: str = ""
+
+
+def whole(metavar: str = "N", low: int = INT_MIN, high: int = INT_MAX) -> Value:
+    """Make a 32-bit whole number within ``low`` and ``high``."""
+    return Value(metavar, _convert_whole(INT_MIN, INT_MAX), _between(low, high))
+
+
+def seed(metavar: str = "SEED") -> Value:
+    """Make a seed: 32 bits, signed or unsigned; kept unsigned, so -1 is 2³² - 1."""
+    convert = _convert_whole(INT_MIN, SEED_MAX)
+
+    def unsigned(text: str) -> tuple[int, str]:
+        value, rest = convert(text)
+        return value & SEED_MAX, rest
+
+    return Value(metavar, unsigned)
+
+
+def real(
+    metavar: str = "N",
+    low: float = -FLOAT_MAX,
+    high: float = FLOAT_MAX,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> Value:
+    """Make a float32 number within ``low`` and ``high``, or strictly above or below a bound."""
+    within = _between(low, high)
+
+    def problem(value: float) -> str:
+        if above is not None and not value > above:
+            return f"{value:g} is not above {above:g}"
+        if below is not None and not value < below:
+            return f"{value:g} is not below {below:g}"
+        return within(value)
+
+    return Value(metavar, _convert_real, problem)
+
+
+def text(metavar: str) -> Value:
+    """Make a value that is taken as it is."""
+    return Value(metavar, lambda argument: (argument, ""))
+
+
+def choice(*names: str) -> Value:
+    """Make one of some words."""
+
+    def convert(argument: str) -> tuple[str, str]:
+        if argument not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return argument, ""
+
+    return Value("{" + ",".join(names) + "}", convert)
+
+
+def leading_float(argument: str) -> tuple[float, str]:
+    """Read the number at the beginning of a text, as C's ``strtof`` does for decimal numbers.
+
+    Returns
+    -------
+    tuple of float and str
+        The number (infinite and NaN included) and the rest of the text.
+
+    Raises
+    ------
+    ValueError
+        If the text begins with no number, or with one beyond float32.
+    """
+    match = _REAL.match(argument)
+    if match is None:
+        raise ValueError("a number")
+    value = float(match.group())
+    if math.isfinite(value) and abs(value) > FLOAT_MAX:
+        raise ValueError("a number that a 32-bit float can hold")
+    return value, argument[match.end() :]
+
+
+def _convert_real(argument: str) -> tuple[float, str]:
+    value, rest = leading_float(argument)
+    if not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value, rest
+
+
+def _convert_whole(low: int, high: int) -> Callable[[str], tuple[int, str]]:
+    def convert(argument: str) -> tuple[int, str]:
+        match = _WHOLE.match(argument)
+        if match is None:
+            raise ValueError("a whole number")
+        # Longer than any number in range: not worth converting, and Python caps the length.
+        digits = match.group().strip().lstrip("+-").lstrip("0")
+        value = int(match.group()) if len(digits) <= 20 else high + 1
+        if not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value, argument[match.end() :]
+
+    return convert
+
+
+def _between(low: float, high: float) -> Callable[[Any], str]:
+    def problem(value: float) -> str:
+        if value < low:
+            return f"{value:g} is below {low:g}"
+        if value > high:
+            return f"{value:g} is above {high:g}"
+        return ""
+
+    return problem
+
+
+def process_escapes(raw: bytes) -> bytes:
+    r"""Resolve ``\n \r \t \' \" \\`` and ``\xHH``; any other backslash stays as it is."""
+
+    def resolve(match: re.Match[bytes]) -> bytes:
+        code = match.group(1)
+        return _ESCAPES[code] if code in _ESCAPES else bytes([int(code[1:], 16)])
+
+    return _ESCAPE.sub(resolve, raw)
+
+
+def in_group(title: str, *rows: Option) -> tuple[Option, ...]:
+    """List rows under a heading."""
+    return tuple(replace(row, group=title) for row in rows)
+
+
+def not_offered(reason: str, *spellings: str) -> tuple[Option, ...]:
+    """Make the rows of known options that are refused; spellings of one option joined by ``|``."""
+    return tuple(Option(tuple(names.split("|")), refused=reason) for names in spellings)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionTable:
+    """Every option of a command.
+
+    Parameters
+    ----------
+    program : str
+        The command's name in the usage.
+    rows : tuple of Option
+    """
+
+    program: str
+    rows: tuple[Option, ...]
+    _by_name: dict[str, Option] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Index the rows; a name that stands twice is a mistake in the table."""
+        names = [(name, row) for row in self.rows for name in row.spellings]
+        by_name = dict(names)
+        if len(by_name) != len(names):
+            raise ValueError(f"{self.program}: an option is spelled the same way in two rows")
+        object.__setattr__(self, "_by_name", by_name)
+
+    def offered(self) -> tuple[Option, ...]:
+        """Rows that the command accepts."""
+        return tuple(row for row in self.rows if not row.refused)
+
+    def find(self, name: str) -> Option | None:
+        """Find the row with a (normalised) spelling."""
+        return self._by_name.get(name)
+
+    def defaults(self) -> dict[str, Any]:
+        """Give the value of every field when no option is given."""
+        values: dict[str, Any] = {}
+        for row in self.offered():
+            if not row.stops and row.dest:
+                values.setdefault(row.dest, () if row.repeat else row.default)
+        return values
+
+    def parse(self, arguments: Iterable[str]) -> Parsed:
+        """Read the arguments from left to right.
+
+        Raises
+        ------
+        UsageError
+            For an unknown argument, a missing value, or a value that is no number; the message
+            ends where the usage is to follow.
+        OptionError
+            For a refused option, or a value out of range; names the option.
+        """
+        reader = _Reader(self, list(arguments))
+        return reader.read()
+
+    def usage(self) -> str:
+        """Make the usage text."""
+        lines = [f"usage: {self.program} [options]"]
+        group = None
+        for row in self.offered():
+            if row.group != group:
+                group = row.group
+                lines += ["", f"{group}:"]
+            lines += _usage_lines(row)
+        refused = [row.spellings[-1] for row in self.rows if row.refused]
+        if refused:
+            lines += ["", "options of the original that are refused:"]
+            lines += textwrap.wrap(
+                " ".join(refused), WIDTH - 2, initial_indent="  ", subsequent_indent="  ",
+                break_on_hyphens=False, break_long_words=False,
+            )  # fmt: skip
+        return "\n".join(lines) + "\n"
+
+    def markdown(self) -> str:
+        """Make the table for the documentation, one part a group."""
+        lines: list[str] = []
+        group = None
+        for row in self.offered():
+            if row.group != group:
+                group = row.group
+                lines += ["", f"### {group}", "", "| option | default | effect |"]
+                lines += ["| --- | --- | --- |"]
+            names = ", ".join(f"`{_signature(name, row)}`" for name in row.spellings)
+            shown = _default_text(row)
+            lines.append(f"| {names} | {_cell(shown)} | {_cell(row.help)} |")
+        refused = [row for row in self.rows if row.refused]
+        if refused:
+            lines += ["", "### known, but refused", "", "| option | it is |", "| --- | --- |"]
+            for row in refused:
+                names = ", ".join(f"`{name}`" for name in row.spellings)
+                lines.append(f"| {names} | {_cell(row.refused)} |")
+        return "\n".join(lines).lstrip("\n") + "\n"
+
+
+class _Reader:
+    """One pass over the arguments of a command."""
+
+    def __init__(self, table: OptionTable, arguments: list[str]) -> None:
+        self.table = table
+        self.arguments = arguments
+        self.place = 0
+        self.values = table.defaults()
+        self.given: set[str] = set()
+        self.warnings: list[str] = []
+        # Ranges are checked after the last argument: of a repeated option only the last counts.
+        self.to_check: dict[str, list[tuple[str, Value, Any]]] = {}
+
+    def read(self) -> Parsed:
+        while self.place < len(self.arguments):
+            name = self._next_name()
+            row = self.table.find(name)
+            if row is None:
+                raise UsageError(f"unknown argument: {name}")
+            if row.refused:
+                raise OptionError(f"option {name} of the original is {row.refused}")
+            if row.stops:
+                return self._result(stopped_by=row.dest)
+            self._store(name, row)
+        for checks in self.to_check.values():
+            for name, kind, value in checks:
+                problem = kind.problem(value)
+                if problem:
+                    raise OptionError(f"{name}: {problem}")
+        return self._result()
+
+    def _next_name(self) -> str:
+        argument = self.arguments[self.place]
+        self.place += 1
+        return argument.replace("_", "-") if argument.startswith("--") else argument
+
+    def _store(self, name: str, row: Option) -> None:
+        converted = [self._value(name, kind) for kind in row.values]
+        self.given.add(row.dest)
+        checks = [(name, kind, value) for kind, value in zip(row.values, converted, strict=True)]
+        kept = self.to_check.get(row.dest, []) if row.repeat else []
+        self.to_check[row.dest] = kept + checks
+        value = _made(row, converted)
+        if row.repeat:
+            self.values[row.dest] = (*self.values[row.dest], value)
+        else:
+            self.values[row.dest] = value
+
+    def _value(self, name: str, kind: Value) -> Any:
+        if self.place >= len(self.arguments):
+            raise UsageError(f"invalid parameter for argument: {name}")
+        argument = self.arguments[self.place]
+        self.place += 1
+        try:
+            value, rest = kind.convert(argument)
+        except ValueError as error:
+            raise UsageError(
+                f"invalid parameter for argument: {name}: '{argument}' is not {error}"
+            ) from None
+        if rest.strip():
+            used = argument[: len(argument) - len(rest)]
+            self.warnings.append(f"{name}: '{argument}' is read as {used}")
+        return value
+
+    def _result(self, stopped_by: str = "") -> Parsed:
+        return Parsed(self.values, frozenset(self.given), tuple(self.warnings), stopped_by)
+
+
+def _made(row: Option, values: Sequence[Any]) -> Any:
+    if not row.values:
+        return row.constant
+    if row.make is not None:
+        return row.make(*values)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _signature(name: str, row: Option) -> str:
+    return " ".join([name, *(kind.metavar for kind in row.values)])
+
+
+def _default_text(row: Option) -> str:
+    if row.shown_default is not None:
+        return row.shown_default
+    if not row.values:
+        return ""
+    if row.repeat or row.default is None:
+        return "none"
+    if isinstance(row.default, float):
+        return f"{row.default:g}"
+    if row.default == "":
+        return "empty"
+    return str(row.default)
+
+
+def _usage_lines(row: Option) -> list[str]:
+    values = "".join(f" {kind.metavar}" for kind in row.values)
+    left = "  " + ", ".join(row.spellings) + values
+    shown = _default_text(row)
+    sentence = f"{row.help} (default: {shown})" if shown else row.help
+    right = textwrap.wrap(sentence, WIDTH - HELP_COLUMN, break_on_hyphens=False)
+    indent = " " * HELP_COLUMN
+    if len(left) > HELP_COLUMN - 2:
+        return [left, *(indent + line for line in right)]
+    first, *others = right
+    return [left.ljust(HELP_COLUMN) + first, *(indent + line for line in others)]
+
+
+def _cell(content: str) -> str:
+    return content.replace("|", r"\|")
+
+
+def _document(arguments: Sequence[str]) -> int:
+    from importlib import import_module
+
+    if list(arguments) not in (["finetune"], ["main"]):
+        print("usage: python -m engine.tools.options {finetune,main}", file=sys.stderr)
+        return 1
+    table: OptionTable = import_module(f"engine.tools.{arguments[0]}_options").TABLE
+    print(table.markdown(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_document(sys.argv[1:]))
