@@ -103,12 +103,13 @@ cdef class Linear(Node):
         dy = grads[self.outputs[0]]
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LinearBack, dy, w, into)[0])
+            grads.add(x, grads.graph.add(LinearBack, dy, w, into)[0], into)
         if len(self.inputs) == 4:
             u, b = self.inputs[2:]
             scale = self.recipe[4]
             if u.needs_grad:
-                grads.add(u, grads.graph.add(LoraDown, dy, b, scale, grads.into(u))[0])
+                into = grads.into(u)
+                grads.add(u, grads.graph.add(LoraDown, dy, b, scale, into)[0], into)
             if b.needs_grad:
                 grads.graph.add(LoraOuter, u, dy, scale, b.grad)
 
@@ -176,7 +177,8 @@ cdef class LoraDown(Node):
         if m.needs_grad:
             grads.graph.add(LoraOuter, du, x, scale, m.grad)
         if x.needs_grad:
-            grads.add(x, grads.graph.add(LoraUp, grads.into(x), du, m, scale)[0])
+            into = grads.into(x)
+            grads.add(x, grads.graph.add(LoraUp, into, du, m, scale)[0], into)
 
 
 cdef class LoraUp(Node):
@@ -206,7 +208,8 @@ cdef class LoraUp(Node):
         cdef Tensor u = self.inputs[0], m = self.inputs[1]
         dy, scale = grads[self.outputs[0]], self.recipe[3]
         if u.needs_grad:
-            grads.add(u, grads.graph.add(LoraDown, dy, m, scale, grads.into(u))[0])
+            into = grads.into(u)
+            grads.add(u, grads.graph.add(LoraDown, dy, m, scale, into)[0], into)
         if m.needs_grad:
             grads.graph.add(LoraOuter, u, dy, scale, m.grad)
         if len(self.inputs) == 3 and (<Tensor>self.inputs[2]).needs_grad:
@@ -308,7 +311,7 @@ cdef class RmsNorm(Node):
         dy = grads[self.outputs[0]]
         into = grads.into(x)
         outputs = grads.graph.add(RmsNormBack, x, w, self.outputs[1], dy, into, w.needs_grad)
-        grads.add(x, outputs[0])
+        grads.add(x, outputs[0], into)
         if w.needs_grad:
             grads.add(w, outputs[1])
 

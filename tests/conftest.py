@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from engine import kernels
 
 DATA = Path(__file__).parent / "data"
+
+Guard = Callable[[NDArray], NDArray]
 
 
 @pytest.fixture
@@ -23,3 +31,40 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = int(os.environ.get("ENGINE_TEST_SEED", "0")) or int.from_bytes(os.urandom(4), "little")
     print(f"ENGINE_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=[*kernels.isas(), *kernels.missing_features()])
+def isa(request: pytest.FixtureRequest) -> str:
+    """Name of a kernel variant: the test runs once for each.
+
+    One that this machine lacks is skipped with the missing feature's name; where the environment's
+    ENGINE_REQUIRE_ISA (names with commas between) lists it, that is a failure.
+    """
+    lack = kernels.missing_features().get(request.param)
+    if lack is not None:
+        required = os.environ.get("ENGINE_REQUIRE_ISA", "").split(",")
+        if request.param in required:
+            pytest.fail(f"kernel variant {request.param} must run here, but {lack} is missing")
+        pytest.skip(f"kernel variant {request.param}: this machine lacks {lack}")
+    return request.param
+
+
+def before_locked_page(array: NDArray) -> NDArray:
+    """A copy of `array` whose last byte is followed by a page that cannot be touched."""
+    page = mmap.PAGESIZE
+    size = (array.nbytes + page - 1) // page * page
+    pages = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = np.frombuffer(pages, array.dtype, array.size, size - array.nbytes)
+    copy = copy.reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.fixture
+def guarded() -> Guard:
+    """Function that copies an array to memory that ends at a locked page: one byte more is a crash."""
+    return before_locked_page

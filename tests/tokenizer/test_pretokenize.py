@@ -21,7 +21,7 @@ CASES = [
     ("default", "12345 a+b", "123|45| a|+|b"),
     ("falcon", "a`b 1234", "a|`|b| |123|4"),
     ("deepseek-llm", "a\nb 12中文字  ", "a|\n|b| |12|中文字|  "),
-    ("deepseek-llm", "a\xb5b\u01bbc \u212a", "a\xb5b|\u01bb|c| |\u212a"),
+    ("deepseek-llm", " д\xb5\u01bbг \u212a", " д\xb5|\u01bb|г| |\u212a"),
     ("deepseek-coder", "a(b) 12かな", "a|(|b|)| |1|2|かな"),
     ("deepseek-v3", "12345かな #include", "123|45|かな| #|include"),
     ("deepseek-v3", "(abc)", "(abc|)"),
