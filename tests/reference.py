@@ -150,8 +150,8 @@ def affine(x: NDArray[np.float32], top: int) -> tuple[Bytes, Bytes, NDArray[np.i
 
 def encode_q8_0(x: NDArray[np.float32]) -> list[Bytes]:
     d = np.abs(x).max(axis=1, keepdims=True) / f32(127)
-    scaled = x * reciprocal(d)
-    codes = np.trunc(scaled + np.copysign(f32(0.5), scaled)).astype(np.int8)
+    scaled = (x * reciprocal(d)).astype(np.float64)  # 0.5 less one bit plus 0.5 is 1 in float32
+    codes = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int8)
     return [halves(d), codes.view(np.uint8)]
 
 
@@ -329,6 +329,10 @@ def silu_mul_back(g: ArrayLike, u: ArrayLike, dy: ArrayLike) -> tuple[Floats, Fl
 
 def add(a: ArrayLike, b: ArrayLike) -> Floats:
     return wide(a) + wide(b)
+
+
+def zero(n_rows: int, n_cols: int) -> Floats:
+    return np.zeros((n_rows, n_cols))
 
 
 def cache_store(x: ArrayLike, cache: NDArray, n_past: int) -> NDArray:

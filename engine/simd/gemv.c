@@ -11,13 +11,20 @@ struct q8_row {
     float *scale, *sum;
 };
 
+V_INLINE float round_half(float x)
+{
+    return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
 {
     for (int64_t i = 0; i < n; i += QUANT_BLOCK) {
-        vf top = v_zero();
-        for (int j = 0; j < QUANT_BLOCK; j += VL)
+        vf top = v_zero(), nothing = v_zero(); /* 0 x: NaN from NaN or infinity, which the maximum drops */
+        for (int j = 0; j < QUANT_BLOCK; j += VL) {
             top = v_max(top, v_abs(v_load(x + i + j)));
-        float largest = v_max_lane(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+            nothing = v_fma(v_load(x + i + j), v_zero(), nothing);
+        }
+        float largest = v_max_lane(top) + v_sum(nothing), inverse = largest > 0 ? 127.0f / largest : 0.0f;
         int32_t sum = 0;
         float codes[QUANT_BLOCK];
         for (int j = 0; j < QUANT_BLOCK; j += VL)
@@ -26,8 +33,8 @@ static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
             row.q[i + j] = (int8_t)codes[j];
             sum += row.q[i + j];
         }
-        row.scale[i / QUANT_BLOCK] = largest / 127.0f;
-        row.sum[i / QUANT_BLOCK] = (float)sum * (largest / 127.0f);
+        row.scale[i / QUANT_BLOCK] = round_half(largest / 127.0f);
+        row.sum[i / QUANT_BLOCK] = round_half((float)sum * (largest / 127.0f));
     }
 }
 

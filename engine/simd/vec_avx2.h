@@ -68,12 +68,12 @@ V_INLINE double v_sum_double(vf a)
     return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
 }
 
-/* x * 2^n for integral n in -126 ... 127; n below that gives zero. */
+/* x * 2^n for integral n in -126 ... 127; n below that gives zero, 128 infinity, NaN NaN. */
 V_INLINE vf v_scale2(vf x, vf n)
 {
     vi e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     vf y = _mm256_mul_ps(x, _mm256_castsi256_ps(e));
-    return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
+    return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 
 /* (a0, b0, a1, b1, ...) -> (b0, a0, b1, a1, ...) */

@@ -1,6 +1,6 @@
 /* What every vector layer gets from the operations it has: exponential, logistic, ragged transposes. */
 
-/* e^x for x <= 88, within 2 units in the last place above -87; far below it is 0. x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts (Cody and Waite), and the polynomial of
+/* e^x for x <= 88 (infinity or exact to 89), within 2 units in the last place above -87; far below it is 0. x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts (Cody and Waite), and the polynomial of
  * Cephes' expf for e^r (S. Moshier, netlib.org/cephes). */
 V_INLINE vf v_exp(vf x)
 {
@@ -18,10 +18,10 @@ V_INLINE vf v_exp(vf x)
     return v_scale2(p, n);
 }
 
-/* 1 / (1 + e^-x); e^-x is cut at e^88, where the result is below 1e-38 anyway. */
+/* 1 / (1 + e^-x); e^-x is cut at e^89, which is infinite, so that x times the result ends at 0. */
 V_INLINE vf v_logistic(vf x)
 {
-    vf limit = v_sub(v_zero(), v_max(v_set1(-88.0f), x));
+    vf limit = v_sub(v_zero(), v_max(v_set1(-89.0f), x));
     return v_div(v_set1(1.0f), v_add(v_set1(1.0f), v_exp(limit)));
 }
 

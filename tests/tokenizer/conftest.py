@@ -50,6 +50,14 @@ AWKWARD = [
 ]
 
 
+# What is common in texts, often, and a sample of every block.
+_CHARACTER_POOL = [
+    *"".join(AWKWARD),
+    *" \n\t'sS.,19aZ" * 40,
+    *(chr(i) for i in range(0x20, 0x2FA1E, 7) if unicodedata.category(chr(i))[0] != "C"),
+]
+
+
 @pytest.fixture(scope="session")
 def mini_metadata() -> dict[str, Any]:
     """Keys of the small recorded model: 768 SPM pieces with byte fallback."""
@@ -92,7 +100,8 @@ def every_character() -> str:
 @pytest.fixture
 def awkward_texts(rng: np.random.Generator) -> list[str]:
     """Recorded strings, and 300 random mixtures of their characters and of every block."""
-    pool = list("".join(AWKWARD)) + list(" \n\t'sS.,19aZ" * 40)
-    pool += [chr(i) for i in range(0x20, 0x2FA1E, 7) if unicodedata.category(chr(i))[0] != "C"]
-    mixtures = ["".join(rng.choice(pool, int(n))) for n in rng.integers(1, 60, 300)]
-    return AWKWARD + mixtures
+    texts = list(AWKWARD)
+    for n in rng.integers(1, 60, 300).tolist():
+        picks = rng.integers(0, len(_CHARACTER_POOL), n).tolist()
+        texts.append("".join(_CHARACTER_POOL[pick] for pick in picks))
+    return texts

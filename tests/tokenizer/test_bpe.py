@@ -12,7 +12,6 @@ from engine.tokenizer import Tokenizer
 from engine.tokenizer.bpe import BYTE_TO_TEXT, CHARACTER_TO_BYTE, text_to_bytes
 
 # id of a byte's token = the byte
-WORDS = ["Ġa", "Ġab", "ab", "abc", "bc", "ĠĠ", "Ċ", "abcab"]
 TEXTS = BYTE_TO_TEXT + [text.encode() for text in ("Ġa", "Ġab", "ab", "bc", "abc", "ĠĠ", "aab")]
 MERGES = ["a b", "b c", "ab c", "Ġ a", "Ġ ab", "Ġ Ġ", "b c"]
 IDS = {text.decode(): token for token, text in enumerate(TEXTS)}
@@ -129,7 +128,6 @@ def test_a_default_id_that_is_outside_of_the_vocabulary_is_none() -> None:
 
 def test_decoding_gives_any_valid_text_back(smollm2: Tokenizer, awkward_texts: list[str]) -> None:
     for text in awkward_texts:
-        text = text.replace("\x1d", "").replace("\x04", "")
         assert smollm2.decode(smollm2.encode(text)) == text.encode()
 
 

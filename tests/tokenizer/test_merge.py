@@ -20,10 +20,14 @@ def join_by_definition(symbols: list[bytes], priority: Priority) -> list[bytes]:
         symbols[left : left + 2] = [symbols[left] + symbols[left + 1]]
 
 
+def by_rank(ranks: dict[tuple[bytes, ...], int]) -> Priority:
+    return lambda left, right: ranks.get((left, right))
+
+
 def test_the_heap_does_what_the_definition_says(rng: np.random.Generator) -> None:
     n_joined = 0
     for _ in range(500):
-        ranks: dict[tuple[bytes, bytes], int] = {}
+        ranks: dict[tuple[bytes, ...], int] = {}
         letters = [b"a", b"b", b"c"]
         known = list(letters)
         for _ in range(int(rng.integers(1, 25))):
@@ -32,8 +36,8 @@ def test_the_heap_does_what_the_definition_says(rng: np.random.Generator) -> Non
             ranks[pair] = int(rng.integers(0, 6))
             known.append(b"".join(pair))
         symbols = [letters[i] for i in rng.integers(0, 3, int(rng.integers(0, 40)))]
-        expected = join_by_definition(symbols, lambda a, b, r=ranks: r.get((a, b)))
-        joined = join_symbols(list(symbols), lambda a, b, r=ranks: r.get((a, b)))
+        expected = join_by_definition(symbols, by_rank(ranks))
+        joined = join_symbols(list(symbols), by_rank(ranks))
         assert joined == expected
         n_joined += len(symbols) - len(joined)
     assert n_joined > 1000

@@ -137,6 +137,7 @@ def test_bpe_agrees_with_tokenizers_on_parsed_special_tokens(
 def test_ids_are_those_recorded_from_the_oracles(
     name: str, data_dir: Path, request: pytest.FixtureRequest
 ) -> None:
+    # mini.json holds what sentencepiece says of AWKWARD, smollm2.json what tokenizers says.
     cases = json.loads((data_dir / "tokenizer" / f"{name}.json").read_text())
     tokenizer = request.getfixturevalue(name)
     for case in cases:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.errors import FormatError
+from engine.errors import DataError, FormatError
 from engine.tokenizer import Tokenizer
 from engine.tokenizer.pretokenize import PRE_TOKENIZERS
 
@@ -150,3 +150,56 @@ def test_a_vocabulary_that_lacks_everything_still_loads() -> None:
 @pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
 def test_every_known_pre_tokenizer_loads(pre: str) -> None:
     assert load(BPE, pre=pre).encode("ab") == [2]
+
+
+WEIRD = [
+    None,
+    "",
+    "\n\x00",
+    b"bytes",
+    -1,
+    2**70,
+    0.5,
+    float("nan"),
+    True,
+    [],
+    [b""],
+    [b"", b" ", b"\xff\xfe", b"<0x0A>", b"a b c", "é".encode()],
+    [1, 2],
+    ["text"],
+    {},
+    np.zeros(0, np.int32),
+    np.full(6, -1, np.int64),
+    np.full(6, 6, np.int32),
+    np.full(6, np.inf, np.float32),
+    np.array(["a"] * 6),
+    np.array([True] * 6),
+    np.zeros((2, 3), np.float32),
+]
+KEYS = ["model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id", "eot_token_id"]
+KEYS += ["unknown_token_id", "fim_pad_token_id", "add_bos_token", "add_eos_token"]
+KEYS += ["add_space_prefix"]
+
+
+@pytest.mark.parametrize("base", [SPM, BPE], ids=["spm", "bpe"])
+def test_any_value_of_any_keys_is_used_or_refused_with_one_line(
+    base: dict[str, Any], rng: np.random.Generator
+) -> None:
+    base = {f"{P}unknown_token_id": 0, **base}
+    text = "a <0x0A></s>\n" * 3 + "é"
+    n_refused = 0
+    for _ in range(2000):
+        picked = rng.choice(KEYS, int(rng.integers(1, 4)), replace=False).tolist()
+        keys = {key: WEIRD[int(rng.integers(0, len(WEIRD)))] for key in picked}
+        try:
+            tokenizer = load(base, **keys)
+            ids = tokenizer.encode(text, add_special=True, parse_special=True)
+            assert all(0 <= token < tokenizer.n_vocab for token in ids)
+            tokenizer.decode(range(tokenizer.n_vocab))
+            assert all(tokenizer.is_eog(token) in (False, True) for token in ids)
+            assert -1 <= tokenizer.newline_id < tokenizer.n_vocab
+        except (FormatError, DataError) as error:
+            n_refused += 1
+            assert str(error).startswith("bad.gguf: ")
+            assert "\n" not in str(error)
+    assert 200 < n_refused < 1900

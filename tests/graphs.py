@@ -1,0 +1,83 @@
+"""Small graphs for the tests of ops: one node, its inputs, its result, its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import ops
+from engine.autograd import backward
+from engine.dtypes import DType
+from engine.graph import Graph
+from engine.tensor import Tensor
+
+Array = NDArray[Any]
+f32 = np.float32
+
+
+def random(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+    return rng.standard_normal(shape, f32)
+
+
+def given(array: Array, name: str = "given", *, writable: bool = False) -> Tensor:
+    """A float32 matrix as an external tensor."""
+    rows, cols = array.shape
+    return Tensor.external(name, array, rows, cols, 0, writable)
+
+
+def stored(data: Array, dtype: DType, rows: int, cols: int) -> Tensor:
+    """Encoded bytes as a frozen weight."""
+    return Tensor.external("w", data, rows, cols, dtype.id)
+
+
+def planned(graph: Graph, array: Array, name: str = "x") -> Tensor:
+    """A tensor in the graph's arena that holds `array` and wants a gradient.
+
+    It is ``array + 0 * parameter``, which is exact for every value, -0 apart.
+    """
+    rows, cols = array.shape
+    zeros, ones = np.zeros((1, cols), f32), np.ones((rows, 1), f32)
+    parameter = Tensor.parameter(name, zeros, np.zeros_like(zeros))
+    return ops.lora_up(graph, given(array, name), given(ones), parameter, 1.0)
+
+
+def trained(value: Array, name: str = "parameter") -> tuple[Tensor, Array]:
+    """A parameter and its gradient, which begins at zero."""
+    grad = np.zeros_like(value)
+    return Tensor.parameter(name, value, grad), grad
+
+
+Build = Callable[..., Tensor | Sequence[Tensor]]
+
+
+def compute(isa: str, build: Callable[[Graph], Any], n_threads: int = 1) -> list[Array]:
+    """Values of the tensors that `build` makes."""
+    graph = Graph(n_threads, isa)
+    made = build(graph)
+    outputs = [made] if isinstance(made, Tensor) else list(made)
+    for tensor in outputs:
+        graph.keep(tensor)
+    graph.plan()
+    graph.run()
+    return [tensor.numpy().copy() for tensor in outputs]
+
+
+def gradients(
+    isa: str, arrays: Sequence[Array], build: Build, dy: Array, n_threads: int = 1
+) -> list[Array]:
+    """Value of ``build(graph, *tensors)`` and the gradients of ``sum(dy * value)`` for each array."""
+    graph = Graph(n_threads, isa)
+    tensors = [planned(graph, array) for array in arrays]
+    first = len(graph.nodes)
+    y = build(graph, *tensors)
+    graph.keep(y)
+    seed = given(np.ascontiguousarray(dy, f32), "dy")
+    found = backward(graph, graph.nodes[first:], {y: seed})
+    for tensor in tensors:
+        graph.keep(found[tensor])
+    graph.plan()
+    graph.run()
+    return [y.numpy().copy()] + [found[tensor].numpy().copy() for tensor in tensors]

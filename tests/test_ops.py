@@ -1,0 +1,574 @@
+"""Values of every op against float64, in every kernel variant.
+
+To each op the same questions: sizes at, below and above its tile, several tiles, primes; every stored
+type; in place; special values; inputs that end at a locked page; nothing written past the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engine import dtypes, ops
+from engine.dtypes import DType
+from engine.errors import ShapeError
+from engine.graph import Graph
+from engine.tensor import Tensor
+from tests import reference
+from tests.compare import assert_close, assert_same_bits, chain
+from tests.conftest import Guard
+from tests.graphs import compute, f32, given, planned, random, stored
+
+Array = NDArray[Any]
+
+# A tile is 6 rows of 64 lanes, or of 16; up to 4 tokens go another way (GEMV_TOKENS).
+TOKENS = [1, 4, 5, 6, 7, 16, 63, 64, 65, 130]
+FEW_TOKENS = 4
+COLUMNS = [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 130]
+TYPES = list(dtypes.BY_ID.values())
+BLOCK = 32
+
+by_tokens = pytest.mark.parametrize("n_tokens", TOKENS)
+by_columns = pytest.mark.parametrize("n_cols", COLUMNS)
+by_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
+
+
+def weight(rng: np.random.Generator, dtype: DType, rows: int, cols: int) -> tuple[Array, Array]:
+    """Stored bytes of a random matrix, and what they mean."""
+    data = reference.encode(dtype, random(rng, rows, cols))
+    return data, reference.decode_row(dtype, data).reshape(rows, cols)
+
+
+def widths(dtype: DType) -> list[tuple[int, int]]:
+    """(n_in, n_out) to try: n_in whole blocks of the type."""
+    if dtype.block == 1:
+        return [(64, 6), (33, 7), (7, 64), (130, 53), (1, 1), (48, 96)]
+    return [(64, 6), (32, 7), (96, 53), (288, 1), (544, 48)]
+
+
+def activation_error(x: Array, w: Array) -> Array:
+    """Bound of what rounding activations to 8 bits can do to x W'.
+
+    Up to four tokens meet a quantized weight by integer products: each block of 32 activations is
+    rounded to multiples of its largest / 127, so an element is off by half of that at most.
+    """
+    blocks = np.abs(x).reshape(len(x), -1, BLOCK)
+    error = np.repeat(blocks.max(axis=2) / 127 / 2, BLOCK, axis=1)
+    return error @ np.abs(w).T
+
+
+# ---------------------------------------------------------------- embedding and matrix products
+
+
+@by_type
+@by_tokens
+def test_embed_gives_the_decoded_rows(
+    isa: str, dtype: DType, n_tokens: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_cols, _ in widths(dtype):
+        data, w = weight(rng, dtype, 9, n_cols)
+        ids = guarded(rng.integers(0, 9, n_tokens, np.int32))
+        tensor = stored(guarded(data), dtype, 9, n_cols)
+        (y,) = compute(isa, lambda g, t=tensor, i=ids: ops.embed(g, t, i, n_tokens))
+        assert_same_bits(y, w[ids])
+
+
+@by_type
+@by_tokens
+def test_linear_agrees_with_float64(
+    isa: str, dtype: DType, n_tokens: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_in, n_out in widths(dtype):
+        data, w = weight(rng, dtype, n_out, n_in)
+        x = guarded(random(rng, n_tokens, n_in))
+        tensor = stored(guarded(data), dtype, n_out, n_in)
+        (y,) = compute(isa, lambda g, x=x, t=tensor: ops.linear(g, given(x), t))
+        slack = np.zeros_like(y, np.float64)
+        if dtype.block > 1 and n_tokens <= FEW_TOKENS:
+            slack = activation_error(x, w)
+        expected = reference.linear(x, w)
+        # The integer products carry the offset 128 of signed codes in and out again (4 times).
+        magnitude = 4 * reference.linear(abs(x), abs(w)) + slack / (chain(n_in) * 2.0**-24)
+        assert_close(y, expected, magnitude, chain(n_in))
+
+
+@by_type
+@by_tokens
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_linear_adds_the_adapter(
+    isa: str, dtype: DType, n_tokens: int, rank: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    n_in, n_out, scale = 96, 53, 1.75
+    data, _ = weight(rng, dtype, n_out, n_in)
+    x = random(rng, n_tokens, n_in)
+    a, b = guarded(random(rng, rank, n_in)), guarded(random(rng, rank, n_out))
+    w = stored(guarded(data), dtype, n_out, n_in)
+
+    def plain_and_adapted(graph: Graph) -> list[Tensor]:
+        inputs = given(x)
+        adapter = (given(a, "A"), given(b, "B"), scale)
+        return [ops.linear(graph, inputs, w), ops.linear(graph, inputs, w, adapter)]
+
+    plain, adapted = compute(isa, plain_and_adapted)
+    u, size = reference.lora_down(x, a), reference.lora_down(abs(x), abs(a))
+    expected = plain + scale * (u @ b)
+    magnitude = abs(plain) + scale * (size @ abs(b))
+    assert_close(adapted, expected, magnitude, chain(n_in + rank))
+
+
+def test_linear_reads_unaligned_weights(isa: str, rng: np.random.Generator) -> None:
+    for dtype in TYPES:
+        for n_tokens in (3, 21):
+            data, _ = weight(rng, dtype, 13, 64)
+            x = random(rng, n_tokens, 64)
+            shifted = np.empty(data.size + 1, np.uint8)
+            shifted[1:] = data
+            results = [
+                compute(isa, lambda g, w=w, t=dtype, x=x: ops.linear(g, given(x), stored(w, t, 13, 64)))
+                for w in (data, shifted[1:])
+            ]
+            assert_same_bits(results[1][0], results[0][0])
+
+
+def test_linear_takes_long_rows(isa: str, rng: np.random.Generator) -> None:
+    n_in = 131072
+    w, x = random(rng, 13, n_in), random(rng, 5, n_in)
+    for dtype in (dtypes.F32, dtypes.BF16):
+        data = reference.encode(dtype, w)
+        decoded = reference.decode_row(dtype, data).reshape(w.shape)
+        (y,) = compute(isa, lambda g, d=data, t=dtype: ops.linear(g, given(x), stored(d, t, 13, n_in)))
+        expected, size = reference.linear(x, decoded), reference.linear(abs(x), abs(decoded))
+        assert_close(y, expected, size, chain(n_in))
+
+
+def test_linear_of_zeros_is_zero(isa: str, rng: np.random.Generator) -> None:
+    for dtype in TYPES:
+        for n_tokens in (2, 8):
+            data, _ = weight(rng, dtype, 7, 64)
+            x = np.zeros((n_tokens, 64), f32)
+            (y,) = compute(isa, lambda g, x=x, d=data, t=dtype: ops.linear(g, given(x), stored(d, t, 7, 64)))
+            assert (y == 0).all()
+
+
+@by_type
+@pytest.mark.parametrize("n_tokens", [1, 4, 5, 70])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+def test_linear_lets_no_invalid_activation_vanish(
+    isa: str, dtype: DType, n_tokens: int, bad: float, rng: np.random.Generator
+) -> None:
+    data, w = weight(rng, dtype, 9, 96)
+    x = random(rng, n_tokens, 96)
+    token, column = int(rng.integers(n_tokens)), int(rng.integers(96))
+    x[token, column] = bad
+    (y,) = compute(isa, lambda g: ops.linear(g, given(x), stored(data, dtype, 9, 96)))
+    invalid = ~np.isfinite(y)
+    touched = np.ones(9, bool) if dtype.block > 1 else (w[:, column] != 0) | bool(np.isnan(bad))
+    assert invalid[token][touched].all()
+    assert not np.delete(invalid, token, axis=0).any()
+
+
+def test_quantized_linear_takes_tiny_activations(isa: str, rng: np.random.Generator) -> None:
+    for dtype in TYPES:
+        data, w = weight(rng, dtype, 9, 64)
+        for tiny in (1e-30, 1e-38, 1e-44):
+            x = (random(rng, 2, 64) * tiny).astype(f32)
+            (y,) = compute(isa, lambda g, x=x, d=data, t=dtype: ops.linear(g, given(x), stored(d, t, 9, 64)))
+            size = reference.linear(abs(x), abs(w)).max() + abs(w).sum() * 2.0**-149
+            assert np.isfinite(y).all()
+            assert abs(y - reference.linear(x, w)).max() <= size
+
+
+# ---------------------------------------------------------------- norm, rotation, gate, sum
+
+
+@by_columns
+def test_rms_norm_agrees_with_float64(
+    isa: str, n_cols: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_tokens in (1, 5, 65):
+        x, w = guarded(random(rng, n_tokens, n_cols)), guarded(random(rng, 1, n_cols))
+        (y,) = compute(isa, lambda g, x=x, w=w: ops.rms_norm(g, given(x), given(w), 1e-5))
+        expected = reference.rms_norm(x, w, 1e-5)
+        assert_close(y, expected, abs(expected), 8)  # squares and their sum round once, then 5 steps
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+def test_rms_norm_spoils_the_row_of_an_invalid_value_and_no_other(
+    isa: str, bad: float, rng: np.random.Generator
+) -> None:
+    for column in range(21):
+        x = random(rng, 4, 21)
+        x[2, column] = bad
+        (y,) = compute(isa, lambda g, x=x: ops.rms_norm(g, given(x), given(np.ones((1, 21), f32)), 1e-5))
+        assert np.isnan(y[2, column])
+        assert np.isfinite(np.delete(y, 2, axis=0)).all()
+
+
+def test_rms_norm_of_zeros_and_of_tiny_values(isa: str) -> None:
+    x = np.zeros((3, 19), f32)
+    x[1], x[2] = 1e-30, 1e-44
+    (y,) = compute(isa, lambda g: ops.rms_norm(g, given(x), given(np.ones((1, 19), f32)), 1e-6))
+    assert_close(y, reference.rms_norm(x, np.ones((1, 19)), 1e-6), abs(x) * 1e3, 8)
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 18, 34, 64, 80, 130])
+def test_rope_agrees_with_float64(
+    isa: str, head_dim: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_rot in sorted({2, head_dim // 2 // 2 * 2 or 2, head_dim}):
+        for n_head in (1, 3):
+            x = guarded(random(rng, 7, n_head * head_dim))
+            positions = guarded(rng.integers(0, 50, 7, np.int32))
+            cos, sin = (guarded(table) for table in reference.rope_tables(50, n_rot))
+            (y,) = compute(
+                isa,
+                lambda g, x=x, p=positions, c=cos, s=sin, n=n_head: ops.rope(g, given(x), p, (c, s), n),
+            )
+            expected = reference.rope(x, positions, (cos, sin), n_head)
+            size = reference.rope(abs(x), positions, (abs(cos), abs(sin)), n_head)
+            assert_close(y, expected, size, 3)
+
+
+def test_rope_rounds_to_half_precision_when_asked(isa: str, rng: np.random.Generator) -> None:
+    x, positions = random(rng, 5, 68), np.arange(5, dtype=np.int32)
+    tables = reference.rope_tables(5, 20)
+    plain, rounded = compute(
+        isa, lambda g: [ops.rope(g, given(x), positions, tables, 2, to_half) for to_half in (False, True)]
+    )
+    assert_same_bits(rounded, plain.astype(np.float16).astype(f32))
+
+
+@by_columns
+def test_silu_mul_agrees_with_float64(
+    isa: str, n_cols: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_tokens in (1, 3):
+        g, u = guarded(4 * random(rng, n_tokens, n_cols)), guarded(random(rng, n_tokens, n_cols))
+        (y,) = compute(isa, lambda graph, g=g, u=u: ops.silu_mul(graph, given(g), given(u)))
+        expected = reference.silu_mul(g, u)
+        assert_close(y, expected, abs(expected), 10)  # e^-g: 4, then a sum, a quotient, two products
+
+
+def test_silu_is_accurate_over_its_whole_range(isa: str) -> None:
+    g = np.linspace(-87, 87, 40_001, dtype=f32)[None]
+    (y,) = compute(isa, lambda graph: ops.silu_mul(graph, given(g), given(np.ones_like(g))))
+    expected = reference.silu_mul(g, np.ones_like(g))
+    assert_close(y, expected, abs(expected), 10)
+
+
+def test_silu_of_special_values(isa: str) -> None:
+    g = np.array([[0.0, -0.0, 1e-45, -1e-45, 1e30, 3e38, -100, -1e4, -1e30, -3e38]], f32)
+    one = np.ones_like(g)
+    (y,) = compute(isa, lambda graph: ops.silu_mul(graph, given(g), given(one)))
+    assert_close(y, reference.silu_mul(g, one), abs(reference.silu_mul(g, one)), 10)
+    assert_same_bits(np.signbit(y[0, :2]), np.array([False, True]))
+
+
+def test_silu_of_infinities_and_nan(isa: str) -> None:
+    g, one = np.array([[np.inf, np.nan] * 9], f32), np.ones((1, 18), f32)
+    (y,) = compute(isa, lambda graph: ops.silu_mul(graph, given(g), given(one)))
+    assert_same_bits(np.isposinf(y), np.isposinf(g))
+    assert_same_bits(np.isnan(y), np.isnan(g))
+    (y,) = compute(isa, lambda graph: ops.silu_mul(graph, given(one), given(g)))
+    assert_same_bits(np.isnan(y), np.isnan(g))
+
+
+@by_columns
+def test_add_is_exact(isa: str, n_cols: int, rng: np.random.Generator, guarded: Guard) -> None:
+    a, b = guarded(random(rng, 3, n_cols)), guarded(random(rng, 3, n_cols))
+    a[0, 0], b[1, 0], b[2, 0] = np.nan, np.inf, -0.0
+    (y,) = compute(isa, lambda g: ops.add(g, given(a), given(b)))
+    assert_same_bits(y, a + b)
+
+
+# ---------------------------------------------------------------- the cache and attention
+
+
+@by_columns
+@pytest.mark.parametrize("dtype", [dtypes.F32, dtypes.F16], ids=lambda t: t.name)
+def test_cache_store_appends_rows_and_leaves_the_others(
+    isa: str, n_cols: int, dtype: DType, rng: np.random.Generator, guarded: Guard
+) -> None:
+    element = np.float16 if dtype is dtypes.F16 else f32
+    x = guarded(random(rng, 5, n_cols))
+    for n_past in (0, 2, 4):
+        before = random(rng, 9, n_cols).astype(element)
+        cache, past = guarded(before), np.array([n_past], np.int32)
+        graph = Graph(1, isa)
+        target = Tensor.external("cache", cache, 9, n_cols, dtype.id, True)
+        ops.cache_store(graph, given(x), target, past)
+        graph.run()
+        assert_same_bits(cache, reference.cache_store(x, before, n_past))
+        past[0] = 1
+        graph.run()
+        assert_same_bits(cache[1:6], x.astype(element))
+
+
+def attention_size(
+    q: Array, k: Array, v: Array, n_seq: int, heads: tuple[int, int], scale: float, n_past: int = 0
+) -> Array:
+    """Sensitivity of attention: an error of a score moves a probability by as much, relatively."""
+    n_head, n_head_kv = heads
+    mean = reference.attention(q, k, abs(v), n_seq, n_head, n_head_kv, scale, n_past)
+    dim = q.shape[1] // n_head
+    norm_q = np.sqrt((q.reshape(-1, dim) ** 2).sum(axis=1).max())
+    norm_k = np.sqrt((k.astype(np.float64).reshape(-1, dim) ** 2).sum(axis=1).max())
+    return mean * (1 + 2 * scale * norm_q * norm_k)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 33, 64])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (9, 3), (5, 1)], ids=lambda h: f"{h[0]}over{h[1]}")
+def test_attention_agrees_with_float64(
+    isa: str, head_dim: int, heads: tuple[int, int], rng: np.random.Generator, guarded: Guard
+) -> None:
+    n_head, n_head_kv = heads
+    for n_seq, n_query in [(1, 1), (3, 5), (2, 63), (1, 64), (2, 65), (1, 130)]:
+        q = guarded(random(rng, n_seq * n_query, n_head * head_dim))
+        k, v = (guarded(random(rng, n_seq * n_query, n_head_kv * head_dim)) for _ in "kv")
+        scale = head_dim**-0.5
+        args = (n_seq, n_head, n_head_kv, scale)
+        (y,) = compute(
+            isa, lambda g, q=q, k=k, v=v, a=args: ops.attention(g, given(q), given(k), given(v), *a)
+        )
+        size = attention_size(q, k, v, n_seq, heads, scale)
+        assert_close(y, reference.attention(q, k, v, *args), size, chain(head_dim + n_query))
+
+
+@pytest.mark.parametrize("dtype", [dtypes.F32, dtypes.F16], ids=lambda t: t.name)
+@pytest.mark.parametrize("n_query", [1, 2, 33, 70])
+def test_attention_over_a_cache_agrees_with_float64(
+    isa: str, dtype: DType, n_query: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    n_head, n_head_kv, dim = 6, 2, 24
+    for n_past in (0, 1, 63, 64, 100):
+        n_key = n_past + n_query
+        q = guarded(random(rng, n_query, n_head * dim))
+        data = [guarded(reference.encode(dtype, random(rng, n_key, n_head_kv * dim))) for _ in "kv"]
+        k, v = (reference.decode_row(dtype, d).reshape(n_key, -1) for d in data)
+        caches = [stored(d, dtype, n_key, n_head_kv * dim) for d in data]
+        past = np.array([n_past], np.int32)
+        args = (1, n_head, n_head_kv, dim**-0.5)
+        (y,) = compute(
+            isa, lambda g, q=q, c=caches, a=args, p=past: ops.attention(g, given(q), *c, *a, p)
+        )
+        expected = reference.attention(q, k, v, *args, n_past)
+        size = attention_size(q, k, v, 1, (n_head, n_head_kv), args[3], n_past)
+        assert_close(y, expected, size, chain(dim + n_key))
+
+
+def test_attention_survives_large_scores(isa: str, rng: np.random.Generator) -> None:
+    q, k, v = 100 * random(rng, 40, 16), 100 * random(rng, 40, 16), random(rng, 40, 16)
+    (y,) = compute(isa, lambda g: ops.attention(g, given(q), given(k), given(v), 1, 1, 1, 1.0))
+    expected = reference.attention(q, k, v, 1, 1, 1, 1.0)
+    assert_close(y, expected, attention_size(q, k, v, 1, (1, 1), 1.0), chain(56))
+
+
+def test_attention_does_not_look_ahead(isa: str, rng: np.random.Generator) -> None:
+    q, k, v = (random(rng, 100, 32) for _ in "qkv")
+    run = lambda: compute(isa, lambda g: ops.attention(g, given(q), given(k), given(v), 1, 2, 2, 0.2))[0]  # noqa: E731 - read three times
+    before = run()
+    k[70:], v[70:] = 9, -9
+    assert_same_bits(run()[:70], before[:70])
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@by_columns
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_lora_down_agrees_with_float64(
+    isa: str, n_cols: int, rank: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_tokens in (1, 7):
+        x, m = guarded(random(rng, n_tokens, n_cols)), guarded(random(rng, rank, n_cols))
+        (u,) = compute(isa, lambda g, x=x, m=m: ops.lora_down(g, given(x), given(m)))
+        assert_close(u, reference.lora_down(x, m), reference.lora_down(abs(x), abs(m)), chain(n_cols))
+
+
+@by_columns
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_lora_up_agrees_with_float64(
+    isa: str, n_cols: int, rank: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_tokens in (1, 7):
+        u, m = guarded(random(rng, n_tokens, rank)), guarded(random(rng, rank, n_cols))
+        for base in (None, guarded(random(rng, n_tokens, n_cols))):
+            (y,) = compute(
+                isa,
+                lambda g, u=u, m=m, b=base: ops.lora_up(
+                    g, None if b is None else given(b), given(u), given(m), -0.75
+                ),
+            )
+            size = abs(base) if base is not None else None
+            magnitude = reference.lora_up(size, abs(u), abs(m), 0.75)
+            assert_close(y, reference.lora_up(base, u, m, -0.75), magnitude, chain(rank))
+
+
+@by_columns
+def test_lora_gather_takes_columns(
+    isa: str, n_cols: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    m, ids = guarded(random(rng, 5, n_cols)), guarded(rng.integers(0, n_cols, 11, np.int32))
+    (u,) = compute(isa, lambda g: ops.lora_gather(g, given(m), ids, 11))
+    assert_same_bits(u, m[:, ids].T)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def loss_and_gradient(isa: str, logits: Array, targets: Array, weight: float) -> list[Array]:
+    factor = np.array([weight], f32)
+    return compute(isa, lambda g: ops.cross_entropy(g, planned(g, logits), targets, factor))
+
+
+@pytest.mark.parametrize("n_vocab", [2, 7, 16, 17, 33, 130, 1009])
+def test_cross_entropy_agrees_with_float64(
+    isa: str, n_vocab: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_tokens in (1, 5, 37):
+        logits = guarded(3 * random(rng, n_tokens, n_vocab))
+        targets = rng.integers(0, n_vocab, n_tokens, np.int32)
+        targets[n_tokens // 2] = -1 if n_tokens > 1 else targets[0]
+        loss, gradient = loss_and_gradient(isa, logits, guarded(targets), 0.25)
+        expected, slope = reference.cross_entropy(logits, targets, 0.25)
+        # e^(x - max): 4, and the difference's rounding, which the exponential multiplies.
+        size = 1 + np.abs(logits).max()
+        assert_close(loss, expected, size, 16)
+        counted = (targets >= 0)[:, None]
+        assert_close(gradient, slope, (abs(slope) + 0.25e-8 + 0.25 * (slope < 0)) * size, 16)
+        assert (loss[~counted] == 0).all()
+        assert (gradient[targets < 0] == 0).all()
+
+
+def test_cross_entropy_covers_the_exponentials_range(isa: str) -> None:
+    logits = np.concatenate([[0], np.linspace(-87, -1e-3, 20_000)]).astype(f32)[None]
+    (_, gradient) = loss_and_gradient(isa, logits, np.zeros(1, np.int32), 1.0)
+    _, expected = reference.cross_entropy(logits, np.zeros(1, np.int32), 1.0)
+    # Where the floor 1e-9 does not hide it, e^x is within 2 units in the last place.
+    assert_close(gradient[0, 1:], expected[0, 1:], expected[0, 1:], 10)
+
+
+def test_cross_entropy_of_far_logits_is_the_floor(isa: str) -> None:
+    logits = np.array([[0, -104, -1e4, -3e38, -np.inf] * 5], f32)
+    logits[0, 5:] = -200
+    loss, gradient = loss_and_gradient(isa, logits, np.array([3], np.int32), 1.0)
+    assert_close(loss, [[-np.log(1e-9)]], 1, 40)
+    assert_close(gradient[0, [1, 2, 4]], [1e-9] * 3, 1e-9, 4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+def test_cross_entropy_of_an_invalid_logit_is_nan(
+    isa: str, bad: float, rng: np.random.Generator
+) -> None:
+    for column in range(37):
+        logits = random(rng, 3, 37)
+        logits[1, column] = bad
+        loss, gradient = loss_and_gradient(isa, logits, np.array([0, 1, 2], np.int32), 1.0)
+        assert_same_bits(np.isnan(loss[:, 0]), np.array([False, True, False]))
+        assert np.isnan(gradient[1]).any()
+        assert np.isfinite(gradient[[0, 2]]).all()
+
+
+def test_cross_entropy_refuses_logits_that_are_read_later(isa: str, rng: np.random.Generator) -> None:
+    graph = Graph(1, isa)
+    logits = graph.keep(planned(graph, random(rng, 2, 5)))
+    ops.cross_entropy(graph, logits, np.zeros(2, np.int32), np.ones(1, f32))
+    with pytest.raises(ShapeError, match="works in place"):
+        graph.plan()
+
+
+# ---------------------------------------------------------------- in place, and within bounds
+
+ROWS, COLS = 16, 7  # 112 floats are 7 times 64 bytes: no gap follows them in an arena
+TABLES = reference.rope_tables(ROWS, 4)
+POSITIONS = np.arange(ROWS, dtype=np.int32)
+Op = Callable[[Graph, Tensor, Tensor], Tensor]
+
+IN_PLACE: dict[str, Op] = {
+    "rms_norm": lambda g, x, other: ops.rms_norm(g, x, other.view(0, 1), 1e-5),
+    "rope": lambda g, x, other: ops.rope(g, x, POSITIONS, TABLES, 1),
+    "silu_mul": lambda g, x, other: ops.silu_mul(g, x, other),
+    "add": lambda g, x, other: ops.add(g, other, x),
+    "lora_up": lambda g, x, other: ops.lora_up(g, x, given(U), given(M), 0.5),
+}
+OUT_OF_PLACE: dict[str, Op] = {
+    "embed": lambda g, x, other: ops.embed(g, other, POSITIONS, ROWS),
+    "linear": lambda g, x, other: ops.linear(g, x, other.view(0, COLS)),
+    "lora_down": lambda g, x, other: ops.lora_down(g, x, other.view(0, COLS)),
+    "lora_gather": lambda g, x, other: ops.lora_gather(g, given(M7), POSITIONS, ROWS),
+    "attention": lambda g, x, other: ops.attention(g, x, other, other, 1, 1, 1, 0.5),
+}
+U = np.linspace(-1, 1, ROWS * 3, dtype=f32).reshape(ROWS, 3)
+M = np.linspace(-2, 1, 3 * COLS, dtype=f32).reshape(3, COLS)
+M7 = np.linspace(-2, 1, COLS * ROWS, dtype=f32).reshape(COLS, ROWS)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_op_in_place_gives_the_same_bits(isa: str, name: str, rng: np.random.Generator) -> None:
+    x, other = random(rng, ROWS, COLS), random(rng, ROWS, COLS)
+
+    def result(keep_input: bool) -> tuple[Array, int]:
+        graph = Graph(1, isa)
+        source = planned(graph, x)
+        if keep_input:
+            graph.keep(source)
+        y = graph.keep(IN_PLACE[name](graph, source, given(other)))
+        graph.run()
+        return y.numpy().copy(), graph.arena_bytes
+
+    apart, more = result(True)
+    in_place, less = result(False)
+    assert less <= more - ROWS * COLS * 4
+    assert_same_bits(in_place, apart)
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, *OUT_OF_PLACE])
+def test_an_op_writes_nothing_behind_its_output(isa: str, name: str, rng: np.random.Generator) -> None:
+    x, other = random(rng, ROWS, COLS), random(rng, ROWS, COLS)
+    graph = Graph(1, isa)
+    source = graph.keep(planned(graph, x))  # kept: the output is a buffer of its own
+    hole = planned(graph, other)
+    behind = graph.keep(ops.add(graph, given(x), hole))
+    y = graph.keep((IN_PLACE | OUT_OF_PLACE)[name](graph, source, given(other)))
+    graph.run()
+    assert y.shape == (ROWS, COLS)
+    assert_same_bits(behind.numpy(), x + other)
+    assert_same_bits(source.numpy(), x)
+
+
+# ---------------------------------------------------------------- shapes that do not fit
+
+
+def test_ops_refuse_shapes_that_do_not_fit(isa: str, rng: np.random.Generator) -> None:
+    graph = Graph(1, isa)
+    x = given(random(rng, 6, 8), "x")
+    wrong = given(random(rng, 5, 7), "wrong")
+    tables = reference.rope_tables(6, 6)
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("wrong: rows of 7 meet activations of 8", lambda: ops.linear(graph, x, wrong)),
+        ("wrong: rows of 7 meet activations of 8", lambda: ops.lora_down(graph, x, wrong)),
+        ("wrong: rank 5 meets 8", lambda: ops.lora_up(graph, None, x, wrong, 1.0)),
+        ("wrong: 7 weights for 8 columns", lambda: ops.rms_norm(graph, x, wrong, 1e-5)),
+        ("8 columns are not 3 heads", lambda: ops.rope(graph, x, POSITIONS, tables, 3)),
+        ("6 rotated dimensions in heads of 4", lambda: ops.rope(graph, x, POSITIONS, tables, 2)),
+        ("gate of 8 columns meets 7", lambda: ops.silu_mul(graph, x, wrong)),
+        ("sum of 6 x 8 and 5 x 7", lambda: ops.add(graph, x, wrong)),
+        ("wrong: rows of 7 meet 8", lambda: ops.cache_store(graph, x, wrong, POSITIONS)),
+        ("heads do not fit", lambda: ops.attention(graph, x, wrong, wrong, 1, 1, 1, 1.0)),
+        ("do not divide", lambda: ops.attention(graph, x, x, x, 4, 1, 1, 1.0)),
+    ]
+    for message, build in refused:
+        with pytest.raises(ShapeError, match=message):
+            build()
+    assert graph.nodes == []
+
+
+def test_a_plan_refuses_too_few_token_ids(isa: str, rng: np.random.Generator) -> None:
+    graph = Graph(1, isa)
+    ops.embed(graph, given(random(rng, 4, 8)), np.zeros(2, np.int32), 3)
+    with pytest.raises(ShapeError, match="3 integers expected, there are 2"):
+        graph.plan()
