@@ -47,22 +47,16 @@ cdef class Gradients:
                 return None
         return found
 
-    def add(self, Tensor tensor, Tensor grad, Tensor included=None):
-        """Add to the gradient, by a node of its own where there is one already.
-
-        Parameters
-        ----------
-        included : Tensor, optional
-            What `into` gave, if `grad` has taken it in.
-        """
+    def add(self, Tensor tensor, Tensor grad):
+        """Add to the gradient: by a node of its own, unless `grad` is what `into` gave."""
         if tensor.grad is not None:
             if grad is not tensor.grad:
                 raise ShapeError(f"{tensor.name}: a parameter's gradient must be accumulated by its kernel")
             return
         found = self.known.get(tensor)
-        if found is None or found is included:
+        if found is None:
             self.known[tensor] = grad
-        else:
+        elif found is not grad:
             self.known[tensor] = add(self.graph, found, grad)
 
     cdef int drop(self, tuple tensors) except -1:

@@ -22,6 +22,7 @@ cdef class Graph:
     cdef readonly object isa
     cdef readonly int n_threads
     cdef public object segment      # given to nodes as they are added
+    cdef public bint partner        # quantized weights meet activations rounded to bytes, as in the original
     cdef readonly int64_t arena_bytes
     cdef set kept
     cdef const kernels *table

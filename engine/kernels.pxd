@@ -40,7 +40,7 @@ cdef extern from "kernels.h" nogil:
         const float *u
         const float *b
         float scale
-        int64_t pair
+        int64_t partner
         void *packed
 
     struct linear_back_args:
@@ -49,8 +49,7 @@ cdef extern from "kernels.h" nogil:
         const void *w
         int64_t type
         float *dx
-        int64_t accumulate, pair
-        void *packed
+        int64_t accumulate
 
     struct rms_norm_args:
         int64_t n_tokens, n_cols

@@ -240,6 +240,7 @@ class Context:
     def _build(self, n_tokens: int, last: bool) -> _Evaluation:
         h, cache = self.model.hparams, self._cache
         graph = Graph(self._threads[n_tokens > 1], self._isa)
+        graph.partner = True
         ids, positions = np.zeros((2, n_tokens), np.int32)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ cdef class Linear(Node):
 
     cdef linear_args a
 
-    def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale):
+    def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
         self.inputs = (x, w)
@@ -90,11 +90,12 @@ cdef class Linear(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], w = self.inputs[1], y = self.outputs[0], u, b
-        self.a = linear_args(x.rows, x.cols, w.rows, x.floats(), w.data, w.type, y.floats(), 0, NULL, NULL, 0, 0, NULL)
+        self.a = linear_args(
+            x.rows, x.cols, w.rows, x.floats(), w.data, w.type, y.floats(), 0, NULL, NULL, 0,
+            self.recipe[5], self.shared)
         if len(self.inputs) == 4:
             u, b = self.inputs[2:]
             self.a.rank, self.a.u, self.a.b, self.a.scale = u.cols, u.floats(), b.floats(), self.recipe[4]
-        self.a.packed = self.shared
         self.args = &self.a
         return table.linear
 
@@ -103,13 +104,13 @@ cdef class Linear(Node):
         dy = grads[self.outputs[0]]
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LinearBack, dy, w, into)[0], into)
+            grads.add(x, grads.graph.add(LinearBack, dy, w, into)[0])
         if len(self.inputs) == 4:
             u, b = self.inputs[2:]
             scale = self.recipe[4]
             if u.needs_grad:
                 into = grads.into(u)
-                grads.add(u, grads.graph.add(LoraDown, dy, b, scale, into)[0], into)
+                grads.add(u, grads.graph.add(LoraDown, dy, b, scale, into)[0])
             if b.needs_grad:
                 grads.graph.add(LoraOuter, u, dy, scale, b.grad)
 
@@ -127,7 +128,7 @@ cdef class LinearBack(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
         self.a = linear_back_args(
-            dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(), self.recipe[2] is not None, 0, NULL)
+            dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(), self.recipe[2] is not None)
         self.args = &self.a
         return table.linear_back
 
@@ -146,9 +147,9 @@ def linear(Graph graph, Tensor x, Tensor w, adapter=None) -> Tensor:
     Tensor of shape (n_tokens, n_out)
     """
     if adapter is None:
-        return graph.add(Linear, x, w, None, None, 0.0)[0]
+        return graph.add(Linear, x, w, None, None, 0.0, graph.partner)[0]
     a, b, scale = adapter
-    return graph.add(Linear, x, w, lora_down(graph, x, a), b, scale)[0]
+    return graph.add(Linear, x, w, lora_down(graph, x, a), b, scale, graph.partner)[0]
 
 
 # ---------------------------------------------------------------- adapters
@@ -178,20 +179,20 @@ cdef class LoraDown(Node):
             grads.graph.add(LoraOuter, du, x, scale, m.grad)
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LoraUp, into, du, m, scale)[0], into)
+            grads.add(x, grads.graph.add(LoraUp, into, du, m, scale, into is not None)[0])
 
 
 cdef class LoraUp(Node):
-    """y = base + scale u m; base may be None for zero"""
+    """y = base + scale u m; base may be None for zero, and is written itself if `in_place`"""
 
     cdef lora_up_args a
 
-    def __init__(self, Tensor base, Tensor u, Tensor m, float scale):
+    def __init__(self, Tensor base, Tensor u, Tensor m, float scale, bint in_place=False):
         require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
         fits = base is None or (base.rows == u.rows and base.cols == m.cols)
         require(fits, f"{m.name}: an adapter of {m.cols} columns does not fit its tensor")
         self.inputs = (u, m) if base is None else (u, m, base)
-        self.outputs = (result(m.name + ".up", u.rows, m.cols),)
+        self.outputs = (base if in_place else result(m.name + ".up", u.rows, m.cols),)
         self.aliases = {0: 2} if base is not None else {}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
@@ -209,7 +210,7 @@ cdef class LoraUp(Node):
         dy, scale = grads[self.outputs[0]], self.recipe[3]
         if u.needs_grad:
             into = grads.into(u)
-            grads.add(u, grads.graph.add(LoraDown, dy, m, scale, into)[0], into)
+            grads.add(u, grads.graph.add(LoraDown, dy, m, scale, into)[0])
         if m.needs_grad:
             grads.graph.add(LoraOuter, u, dy, scale, m.grad)
         if len(self.inputs) == 3 and (<Tensor>self.inputs[2]).needs_grad:
@@ -311,7 +312,7 @@ cdef class RmsNorm(Node):
         dy = grads[self.outputs[0]]
         into = grads.into(x)
         outputs = grads.graph.add(RmsNormBack, x, w, self.outputs[1], dy, into, w.needs_grad)
-        grads.add(x, outputs[0], into)
+        grads.add(x, outputs[0])
         if w.needs_grad:
             grads.add(w, outputs[1])
 

@@ -63,6 +63,8 @@ V_INLINE struct codes block_codes(int type, const uint8_t *p)
     return c;
 }
 
+V_INLINE int has_offset(int type) { return type == TYPE_Q4_1 || type == TYPE_Q5_1; }
+
 /* Codes less their middle for the types without a stored offset: (code - 8) d must be one product. */
 V_INLINE void decode_block(int type, const uint8_t *p, float *y)
 {
@@ -75,7 +77,7 @@ V_INLINE void decode_block(int type, const uint8_t *p, float *y)
     _mm256_storeu_si256((__m256i *)codes, c.q);
     for (int i = 0; i < QUANT_BLOCK; i += VL) {
         vf x = v_mul(v_from_i8(codes + i), v_set1(c.d));
-        if (type == TYPE_Q4_1 || type == TYPE_Q5_1)
+        if (has_offset(type))
             x = v_add(x, v_set1(c.m));
         v_store(y + i, x);
     }
@@ -105,6 +107,20 @@ static void FN(decode_bf16)(const uint8_t *p, int64_t n, float *y)
     for (; i < n; i++) {
         uint32_t bits = ((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8) << 16;
         memcpy(y + i, &bits, sizeof bits);
+    }
+}
+
+/* A row of a type with offsets in two parts: y[i] = code d, n of them, and then m of each block. */
+static void FN(decode_split)(int type, const uint8_t *p, int64_t n, float *y)
+{
+    int64_t bytes = block_bytes(type);
+    for (int64_t b = 0; b < n / QUANT_BLOCK; b++, p += bytes) {
+        struct codes c = type == TYPE_Q4_1 ? block_codes(TYPE_Q4_1, p) : block_codes(TYPE_Q5_1, p);
+        uint8_t codes[QUANT_BLOCK];
+        _mm256_storeu_si256((__m256i *)codes, c.q);
+        for (int i = 0; i < QUANT_BLOCK; i += VL)
+            v_store(y + b * QUANT_BLOCK + i, v_mul(v_from_u8(codes + i), v_set1(c.d)));
+        y[n + b] = c.m;
     }
 }
 
@@ -165,12 +181,47 @@ static void FN(encode_f16)(const float *x, int64_t n, uint16_t *y)
     }
 }
 
+/* An activation row in blocks of 32: signed codes, scale, and scale times the codes' sum. Scale and sum are
+ * rounded to half precision, for the original stores them so; the codes and the sum come from the scale
+ * before it is rounded. */
+struct q8_row {
+    int8_t *q;
+    float *scale, *sum;
+};
+
+V_INLINE float round_half(float x)
+{
+    return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
+{
+    for (int64_t i = 0; i < n; i += QUANT_BLOCK) {
+        vf top = v_zero(), nothing = v_zero(); /* 0 x: NaN from NaN or infinity, which the maximum drops */
+        for (int j = 0; j < QUANT_BLOCK; j += VL) {
+            top = v_max(top, v_abs(v_load(x + i + j)));
+            nothing = v_fma(v_load(x + i + j), v_zero(), nothing);
+        }
+        float largest = v_max_lane(top) + v_sum(nothing), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        int32_t sum = 0;
+        float codes[QUANT_BLOCK];
+        for (int j = 0; j < QUANT_BLOCK; j += VL)
+            v_store(codes + j, v_round(v_mul(v_load(x + i + j), v_set1(inverse))));
+        for (int j = 0; j < QUANT_BLOCK; j++) {
+            row.q[i + j] = (int8_t)codes[j];
+            sum += row.q[i + j];
+        }
+        row.scale[i / QUANT_BLOCK] = round_half(largest / 127.0f);
+        row.sum[i / QUANT_BLOCK] = round_half((float)sum * (largest / 127.0f));
+    }
+}
+
 /* First element (F32, F16, BF16) or block whose value or scale is infinite or NaN; -1 if there is none. */
 static int64_t FN(find_invalid)(int type, const void *p, int64_t n)
 {
     const uint8_t *bytes = p;
     int64_t size = block_bytes(type), blocks = n / block_elements(type);
-    int fields = type == TYPE_Q4_1 || type == TYPE_Q5_1 ? 2 : 1;
+    int fields = has_offset(type) ? 2 : 1;
     for (int64_t i = 0; i < blocks; i++, bytes += size) {
         int bad = 0;
         if (type == TYPE_F32) {

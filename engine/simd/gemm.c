@@ -20,18 +20,42 @@ V_INLINE int64_t panel_lanes(int64_t n_tokens, int64_t first)
     return left < TILE_LANES ? (left + VL - 1) / VL * VL : TILE_LANES;
 }
 
+/* Length of the reduction: with partner rounding, offsets of W meet block sums of x in columns of their own. */
+V_INLINE int64_t reduction(const struct linear_args *a)
+{
+    return a->partner && has_offset((int)a->type) ? a->n_in + a->n_in / QUANT_BLOCK : a->n_in;
+}
+
+V_INLINE int rounds(const struct linear_args *a) { return a->partner && block_elements((int)a->type) > 1; }
+
+/* One activation row as the tile takes it: code times scale, then the block sums if they are asked for. */
+static void FN(round_row)(const struct linear_args *a, const float *x, float *y, char *scratch)
+{
+    int64_t blocks = a->n_in / QUANT_BLOCK;
+    struct q8_row row = {(int8_t *)scratch + 8 * blocks, (float *)(void *)scratch, (float *)(void *)scratch + blocks};
+    FN(quantize_q8)(x, a->n_in, row);
+    for (int64_t i = 0; i < a->n_in; i += VL)
+        v_store(y + i, v_mul(v_from_i8(row.q + i), v_set1(row.scale[i / QUANT_BLOCK])));
+    if (reduction(a) > a->n_in)
+        memcpy(y + a->n_in, row.sum, (size_t)blocks * sizeof *y);
+}
+
 /* packed[panel][i][lane] = x[64 panel + lane][i]; lanes without a token are zero. */
 static void FN(pack_tokens)(const struct linear_args *a, const struct worker *worker)
 {
-    float *packed = a->packed;
-    int64_t begin, end;
+    float *packed = a->packed, *rounded = (float *)(void *)worker->scratch;
+    int64_t begin, end, k = reduction(a);
+    char *codes = worker->scratch + VL * k * (int64_t)sizeof *rounded;
     worker_range(worker, a->n_tokens, VL, &begin, &end);
     for (int64_t t = begin; t < end; t += VL) {
         int64_t panel = t / TILE_LANES * TILE_LANES, lanes = panel_lanes(a->n_tokens, panel);
-        float *dst = packed + panel * a->n_in + (t - panel);
+        float *dst = packed + panel * k + (t - panel);
         int64_t rows = a->n_tokens - t < VL ? a->n_tokens - t : VL;
-        FN(transpose)(a->x + t * a->n_in, a->n_in, rows, a->n_in, dst, lanes);
-        for (int64_t i = 0; rows < VL && i < a->n_in; i++)
+        const float *x = a->x + t * a->n_in;
+        for (int64_t i = 0; rounds(a) && i < rows; i++)
+            FN(round_row)(a, x + i * a->n_in, rounded + i * k, codes);
+        FN(transpose)(rounds(a) ? rounded : x, k, rows, k, dst, lanes);
+        for (int64_t i = 0; rows < VL && i < k; i++)
             memset(dst + i * lanes + rows, 0, (size_t)(VL - rows) * sizeof *dst);
     }
 }
@@ -39,12 +63,16 @@ static void FN(pack_tokens)(const struct linear_args *a, const struct worker *wo
 /* Rows first ... first + n of W as floats: in place for F32, else decoded into buffer. */
 static const float *FN(weight_rows)(const struct linear_args *a, int64_t first, int64_t n, float *buffer)
 {
-    int64_t row_bytes = row_offset((int)a->type, a->n_in);
+    int64_t row_bytes = row_offset((int)a->type, a->n_in), k = reduction(a);
     const char *w = (const char *)a->w + first * row_bytes;
     if (a->type == TYPE_F32 && (uintptr_t)w % sizeof(float) == 0)
         return (const float *)(const void *)w;
-    for (int64_t i = 0; i < n; i++)
-        FN(decode_row)((int)a->type, w + i * row_bytes, a->n_in, buffer + i * a->n_in);
+    for (int64_t i = 0; i < n; i++) {
+        if (k > a->n_in)
+            FN(decode_split)((int)a->type, (const uint8_t *)w + i * row_bytes, a->n_in, buffer + i * k);
+        else
+            FN(decode_row)((int)a->type, w + i * row_bytes, a->n_in, buffer + i * k);
+    }
     return buffer;
 }
 
@@ -69,7 +97,7 @@ static void FN(linear_gemm)(const struct linear_args *a, const struct worker *wo
 {
     FN(pack_tokens)(a, worker);
     team_barrier(worker);
-    int64_t begin, end, chunk = CHUNK_FLOATS / a->n_in / TILE_ROWS * TILE_ROWS;
+    int64_t begin, end, k = reduction(a), chunk = CHUNK_FLOATS / k / TILE_ROWS * TILE_ROWS;
     chunk = chunk < TILE_ROWS ? TILE_ROWS : chunk > CHUNK_ROWS ? CHUNK_ROWS : chunk;
     worker_range(worker, a->n_out, TILE_ROWS, &begin, &end);
     float *result = (float *)(void *)worker->scratch, *buffer = result + CHUNK_ROWS * TILE_LANES;
@@ -78,8 +106,8 @@ static void FN(linear_gemm)(const struct linear_args *a, const struct worker *wo
         const float *w = FN(weight_rows)(a, o, rows, buffer);
         for (int64_t t = 0; t < a->n_tokens; t += TILE_LANES) {
             int64_t lanes = panel_lanes(a->n_tokens, t), tokens = a->n_tokens - t;
-            const float *panel = (const float *)a->packed + t * a->n_in;
-            FN(block_product)(rows, lanes, a->n_in, w, a->n_in, panel, lanes, result, TILE_LANES, 0);
+            const float *panel = (const float *)a->packed + t * k;
+            FN(block_product)(rows, lanes, k, w, k, panel, lanes, result, TILE_LANES, 0);
             tokens = tokens < TILE_LANES ? tokens : TILE_LANES;
             FN(transpose)(result, TILE_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
             if (a->rank > 0)

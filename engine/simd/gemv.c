@@ -1,42 +1,9 @@
 /* A few tokens times frozen weights: each stored row is read once and meets every token by a dot product.
  *
- * Float types keep the activations as they are. Quantized types meet activations quantized to 8 bits in
- * blocks of 32: with codes c, d, m of the weight and q, e of the activation
- *     sum x w = sum over blocks of  d e sum(c q) + m e sum(q).
+ * Float types keep the activations as they are. Quantized types with `partner` meet activations in blocks of
+ * bytes: with code c, scale d, offset m of the weight and code q, scale e of the activation
+ *     sum x w = sum over blocks of  d e sum(c q) + m (e sum(q)).
  * Bound: the bytes of W, once. */
-
-/* An activation row in blocks: codes, scale, scale times the codes' sum. */
-struct q8_row {
-    int8_t *q;
-    float *scale, *sum;
-};
-
-V_INLINE float round_half(float x)
-{
-    return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
-}
-
-static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
-{
-    for (int64_t i = 0; i < n; i += QUANT_BLOCK) {
-        vf top = v_zero(), nothing = v_zero(); /* 0 x: NaN from NaN or infinity, which the maximum drops */
-        for (int j = 0; j < QUANT_BLOCK; j += VL) {
-            top = v_max(top, v_abs(v_load(x + i + j)));
-            nothing = v_fma(v_load(x + i + j), v_zero(), nothing);
-        }
-        float largest = v_max_lane(top) + v_sum(nothing), inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        int32_t sum = 0;
-        float codes[QUANT_BLOCK];
-        for (int j = 0; j < QUANT_BLOCK; j += VL)
-            v_store(codes + j, v_round(v_mul(v_load(x + i + j), v_set1(inverse))));
-        for (int j = 0; j < QUANT_BLOCK; j++) {
-            row.q[i + j] = (int8_t)codes[j];
-            sum += row.q[i + j];
-        }
-        row.scale[i / QUANT_BLOCK] = round_half(largest / 127.0f);
-        row.sum[i / QUANT_BLOCK] = round_half((float)sum * (largest / 127.0f));
-    }
-}
 
 /* One stored row times one quantized activation row. */
 V_INLINE float quant_dot(int type, const uint8_t *w, int64_t n, struct q8_row x)
@@ -63,6 +30,18 @@ V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_
         const uint8_t *w = (const uint8_t *)a->w + o * row_bytes;
         for (int64_t t = 0; t < a->n_tokens; t++)
             a->y[t * a->n_out + o] = quant_dot(type, w, a->n_in, x[t]);
+    }
+}
+
+/* Float activations: rows are decoded one by one. */
+static void FN(linear_decoded)(const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
+{
+    float *row = (float *)(void *)scratch;
+    int64_t row_bytes = row_offset((int)a->type, a->n_in);
+    for (int64_t o = begin; o < end; o++) {
+        FN(decode_row)((int)a->type, (const char *)a->w + o * row_bytes, a->n_in, row);
+        for (int64_t t = 0; t < a->n_tokens; t++)
+            a->y[t * a->n_out + o] = v_dot(row, a->x + t * a->n_in, a->n_in);
     }
 }
 
@@ -150,7 +129,7 @@ static void FN(linear_gemv)(const struct linear_args *a, const struct worker *wo
         float_rows(TYPE_BF16, a, begin, end);
         break;
     default:
-        FN(linear_quant)(a, worker->scratch, begin, end);
+        (a->partner ? FN(linear_quant) : FN(linear_decoded))(a, worker->scratch, begin, end);
         break;
     }
     if (a->rank > 0)

@@ -24,8 +24,9 @@ struct embed_args {
 
 /* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o]        the second term if rank > 0
  * W: n_out stored rows of n_in; u: n_tokens x rank; b: rank x n_out.
- * packed: linear_packed_bytes() shared by the workers, used where n_tokens > GEMV_TOKENS.
- * pair: round activations (and decoded weights) to bf16 and use the pair product, where there is one. */
+ * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
+ * sums) first, as the original does; products are then the same for one token and for many.
+ * packed: linear_packed_bytes() shared by the workers, used where n_tokens > GEMV_TOKENS. */
 struct linear_args {
     int64_t n_tokens, n_in, n_out;
     const float *x;
@@ -35,7 +36,7 @@ struct linear_args {
     int64_t rank;
     const float *u, *b;
     float scale;
-    int64_t pair;
+    int64_t partner;
     void *packed;
 };
 
@@ -46,16 +47,15 @@ struct linear_back_args {
     const void *w;
     int64_t type;
     float *dx;
-    int64_t accumulate, pair;
-    void *packed;
+    int64_t accumulate;
 };
 
 enum { GEMV_TOKENS = 4 }; /* up to here a row of weights meets each token by a dot product */
 
-/* Bytes of linear_args.packed and linear_back_args.packed. */
+/* Bytes of linear_args.packed: panels of at most 64 tokens, each with its columns and block sums. */
 static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
 {
-    return (n_tokens + 63) / 64 * 64 * (n_in + 1) * 4;
+    return (n_tokens + 63) / 64 * 64 * (n_in + n_in / QUANT_BLOCK) * 4;
 }
 
 /* y[t][i] = w[i] x[t][i] r[t], r[t] = 1 / sqrt(mean_i x[t][i]^2 + eps)        RMSNorm, arXiv:1910.07467
