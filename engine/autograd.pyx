@@ -23,10 +23,12 @@ cdef class Gradients:
 
     cdef readonly Graph graph
     cdef dict known
+    cdef Tensor lent  # what `into` gave last and `add` has not seen come back
 
     def __init__(self, Graph graph, dict seeds):
         self.graph = graph
         self.known = dict(seeds)
+        self.lent = None
 
     def __getitem__(self, Tensor tensor) -> Tensor:
         return self.known[tensor]
@@ -37,18 +39,26 @@ cdef class Gradients:
     def into(self, Tensor tensor):
         """The tensor into which an accumulating kernel may add this one's gradient; None if there is none yet.
 
-        Neither if another tensor shares it (both terms of a sum have the same): that one may still be read.
+        Neither if another tensor shares it (both terms of a sum have the same): that one may still be read;
+        nor if it lies in somebody else's memory, as a seed does.
         """
         if tensor.grad is not None:
             return tensor.grad
-        found = self.known.get(tensor)
+        cdef Tensor found = self.known.get(tensor)
+        if found is not None and found.data != NULL:
+            found = None
         for other, grad in self.known.items():
             if grad is found and other is not tensor:
-                return None
+                found = None
+                break
+        self.lent = found
         return found
 
     def add(self, Tensor tensor, Tensor grad):
-        """Add to the gradient: by a node of its own, unless `grad` is what `into` gave."""
+        """Add to the gradient: by a node of its own, unless `grad` is what `into` has just given.
+
+        Being the same tensor is not enough: in x + (x + y) both sums hand x the same gradient.
+        """
         if tensor.grad is not None:
             if grad is not tensor.grad:
                 raise ShapeError(f"{tensor.name}: a parameter's gradient must be accumulated by its kernel")
@@ -56,8 +66,9 @@ cdef class Gradients:
         found = self.known.get(tensor)
         if found is None:
             self.known[tensor] = grad
-        elif found is not grad:
+        elif found is not grad or found is not self.lent:
             self.known[tensor] = add(self.graph, found, grad)
+        self.lent = None
 
     cdef int drop(self, tuple tensors) except -1:
         for tensor in tensors:

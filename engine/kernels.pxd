@@ -20,6 +20,7 @@ cdef extern from "blocks.h" nogil:
 cdef extern from "kernels.h" nogil:
     enum:
         ATTENTION_MAX_DIM
+        GEMV_TOKENS
         N_VARIANTS
     int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
 

@@ -12,7 +12,7 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, add_args, attention_args, attention_back_args, cache_store_args, cross_entropy_args,
+    ATTENTION_MAX_DIM, GEMV_TOKENS, add_args, attention_args, attention_back_args, cache_store_args, cross_entropy_args,
     embed_args, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args,
     lora_outer_args, lora_scatter_args, lora_up_args, op_fn, rms_norm_args, rms_norm_back_args, rope_args,
     silu_mul_args, silu_mul_back_args, zero_args,
@@ -24,7 +24,6 @@ cdef enum:
     F32 = 0
     F16 = 1
     MAX_ROW = 131072  # longest reduction for which the workers' scratch holds a tile of decoded rows
-    GEMV_TOKENS = 4
 
 
 cdef int require(bint condition, str message) except -1:

@@ -1,4 +1,4 @@
-"""Comparison of a kernel's result with its reference, by a bound that follows from the arithmetic."""
+"""Comparison of a kernel's result with its reference, by a bound made of the arithmetic."""
 
 from __future__ import annotations
 

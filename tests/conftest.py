@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def skip_or_fail(isa: str, lack: str) -> NoReturn:
+    """End a test whose variant lacks a feature: by failure where the variant is required."""
+    if isa in os.environ.get("ENGINE_REQUIRE_ISA", "").split(","):
+        pytest.fail(f"kernel variant {isa} must run here, but {lack} is missing")
+    pytest.skip(f"kernel variant {isa}: this machine lacks {lack}")
+
+
 @pytest.fixture(params=[*kernels.isas(), *kernels.missing_features()])
 def isa(request: pytest.FixtureRequest) -> str:
     """Name of a kernel variant: the test runs once for each.
@@ -42,10 +50,7 @@ def isa(request: pytest.FixtureRequest) -> str:
     """
     lack = kernels.missing_features().get(request.param)
     if lack is not None:
-        required = os.environ.get("ENGINE_REQUIRE_ISA", "").split(",")
-        if request.param in required:
-            pytest.fail(f"kernel variant {request.param} must run here, but {lack} is missing")
-        pytest.skip(f"kernel variant {request.param}: this machine lacks {lack}")
+        skip_or_fail(request.param, lack)
     return request.param
 
 
@@ -66,5 +71,5 @@ def before_locked_page(array: NDArray) -> NDArray:
 
 @pytest.fixture
 def guarded() -> Guard:
-    """Function that copies an array to memory that ends at a locked page: one byte more is a crash."""
+    """Function that copies an array to where a locked page follows: one byte more is a crash."""
     return before_locked_page

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from engine.autograd import backward
+from engine.graph import Graph
+from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import ops
-from engine.autograd import backward
 from engine.dtypes import DType
-from engine.graph import Graph
-from engine.tensor import Tensor
 
 Array = NDArray[Any]
 f32 = np.float32
@@ -68,7 +68,7 @@ def compute(isa: str, build: Callable[[Graph], Any], n_threads: int = 1) -> list
 def gradients(
     isa: str, arrays: Sequence[Array], build: Build, dy: Array, n_threads: int = 1
 ) -> list[Array]:
-    """Value of ``build(graph, *tensors)`` and the gradients of ``sum(dy * value)`` for each array."""
+    """Value of ``build(graph, *tensors)`` and gradients of ``sum(dy * value)``, one an array."""
     graph = Graph(n_threads, isa)
     tensors = [planned(graph, array) for array in arrays]
     first = len(graph.nodes)

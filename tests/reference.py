@@ -1,8 +1,8 @@
 """Every kernel once more, in plain NumPy, written to be read.
 
-Ops compute in float64 whatever they are given; the formulas are those of ``engine/simd/kernels.h``.
-Stored types are decoded and encoded as their formats say, in float32 with one rounding an operation,
-so that bits can be compared.
+Ops compute in float64 whatever they are given; the formulas are in ``engine/simd/kernels.h``.
+Stored types are decoded and encoded as their formats say, in float32 with one rounding an
+operation, so that bits can be compared.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def encode_f16(x: ArrayLike) -> NDArray[np.uint16]:
         return np.asarray(x, f32).astype(np.float16).view(np.uint16)
 
 
-def reciprocal(d: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.divide(f32(1), d, out=np.zeros_like(d), where=d != 0)
+def reciprocal(d: NDArray[np.float32], of: float = 1) -> NDArray[np.float32]:
+    return np.divide(f32(of), d, out=np.zeros_like(d), where=d != 0)
 
 
 def halves(d: NDArray[np.float32]) -> Bytes:
@@ -204,7 +204,7 @@ def find_invalid(dtype: DType, data: Bytes) -> int:
     else:
         blocks = data.reshape(-1, dtype.block_bytes)
         fields = [half(blocks, 0)]
-        if dtype in (dtypes.Q4_1, dtypes.Q5_1):
+        if dtype in OFFSET_TYPES:
             fields.append(half(blocks, 2))
         bad = ~np.isfinite(np.concatenate(fields, axis=1)).all(axis=1)
     return int(bad.argmax()) if bad.any() else -1
@@ -259,6 +259,35 @@ def linear(
     return y if u is None else y + scale * (wide(u) @ wide(b))
 
 
+OFFSET_TYPES = (dtypes.Q4_1, dtypes.Q5_1)
+
+
+def round_activations(x: ArrayLike) -> tuple[Floats, Floats]:
+    """Rows in blocks of 32 signed bytes, and each block's sum as stored offsets meet it.
+
+    Codes and sums come from the scale ``max |x| / 127``; scale and sums are then stored as halves.
+    """
+    x = np.asarray(x, f32)
+    blocks = x.reshape(len(x), -1, 32)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    codes = np.rint(blocks * reciprocal(largest, 127))
+    scale = largest / f32(127)
+    sums = codes.sum(axis=2, keepdims=True) * scale
+    rounded = wide(codes) * wide(scale.astype(np.float16))
+    return rounded.reshape(x.shape), wide(sums.astype(np.float16))[:, :, 0]
+
+
+def linear_rounded(x: ArrayLike, dtype: DType, data: Bytes, n_out: int) -> Floats:
+    """x W' with activations rounded as the original's integer products do it."""
+    rounded, sums = round_activations(x)
+    if dtype not in OFFSET_TYPES:
+        return linear(rounded, decode_row(dtype, data).reshape(n_out, -1))
+    blocks = data.reshape(-1, dtype.block_bytes).copy()
+    offsets = half(blocks, 2).reshape(n_out, -1)
+    blocks[:, 2:4] = 0
+    return linear(rounded, decode_row(dtype, blocks).reshape(n_out, -1)) + linear(sums, offsets)
+
+
 def linear_back(dy: ArrayLike, w: ArrayLike) -> Floats:
     return wide(dy) @ wide(w)
 
@@ -271,9 +300,7 @@ def rms_norm(x: ArrayLike, w: ArrayLike, eps: float) -> Floats:
     return wide(w) * x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps)
 
 
-def rms_norm_back(
-    x: ArrayLike, w: ArrayLike, eps: float, dy: ArrayLike
-) -> tuple[Floats, Floats]:
+def rms_norm_back(x: ArrayLike, w: ArrayLike, eps: float, dy: ArrayLike) -> tuple[Floats, Floats]:
     """dx and dw."""
     x, dy = wide(x), wide(dy)
     r = 1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps)
@@ -428,9 +455,7 @@ def lora_gather(m: ArrayLike, ids: NDArray[np.int32]) -> Floats:
     return wide(m)[:, ids].T
 
 
-def lora_scatter(
-    g: ArrayLike, ids: NDArray[np.int32], du: ArrayLike, scale: float = 1.0
-) -> Floats:
+def lora_scatter(g: ArrayLike, ids: NDArray[np.int32], du: ArrayLike, scale: float = 1.0) -> Floats:
     after = wide(g).copy()
     np.add.at(after.T, ids, scale * wide(du))
     return after
@@ -458,9 +483,7 @@ def cross_entropy(
 # ---------------------------------------------------------------- central differences
 
 
-def central_differences(
-    f: Callable[[Floats], float], x: ArrayLike, step: float = 1e-3
-) -> Floats:
+def central_differences(f: Callable[[Floats], float], x: ArrayLike, step: float = 1e-3) -> Floats:
     """Gradient of a float64 function at `x` from four points an element; the error is O(step^4)."""
     x = wide(x).copy()
     gradient = np.empty_like(x)

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.autograd import backward
+from engine.graph import Graph
+from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import dtypes, ops
-from engine.autograd import backward
 from engine.dtypes import DType
 from engine.errors import ShapeError
-from engine.graph import Graph
-from engine.tensor import Tensor
 from tests import reference, toy_model
 from tests.compare import assert_close, assert_same_bits, chain
 from tests.conftest import Guard
@@ -29,9 +29,7 @@ TYPES = list(dtypes.BY_ID.values())
 STEP = 1e-3
 
 
-def differences(
-    f: Callable[..., Array], arrays: Sequence[Array], dy: Array, which: int
-) -> Array:
+def differences(f: Callable[..., Array], arrays: Sequence[Array], dy: Array, which: int) -> Array:
     """Gradient of ``sum(dy * f(*arrays))`` with respect to array number `which`."""
 
     def value(x: Array) -> float:
@@ -134,7 +132,9 @@ def test_gradient_of_attention_is_that_of_the_reference(
         )
 
 
-def test_gradient_of_lora_up_for_its_base_is_the_gradient(isa: str, rng: np.random.Generator) -> None:
+def test_gradient_of_lora_up_for_its_base_is_the_gradient(
+    isa: str, rng: np.random.Generator
+) -> None:
     u, m = random(rng, 4, 3), random(rng, 3, 21)
     check(
         isa,
@@ -146,7 +146,9 @@ def test_gradient_of_lora_up_for_its_base_is_the_gradient(isa: str, rng: np.rand
     )
 
 
-def test_gradient_of_cross_entropy_is_that_of_the_reference(isa: str, rng: np.random.Generator) -> None:
+def test_gradient_of_cross_entropy_is_that_of_the_reference(
+    isa: str, rng: np.random.Generator
+) -> None:
     logits, targets = random(rng, 4, 21), np.array([3, -1, 0, 20], np.int32)
     graph = Graph(1, isa)
     weight = np.array([0.5], f32)
@@ -281,7 +283,8 @@ def attention_back_size(
     A probability carries the error of its score, relatively, hence the factor.
     """
     group = n_head // n_head_kv
-    queries, d = reference.head_rows(q, n_seq, n_head), reference.head_rows(abs(dout), n_seq, n_head)
+    queries = reference.head_rows(q, n_seq, n_head)
+    d = reference.head_rows(abs(dout), n_seq, n_head)
     keys = reference.head_rows(k, n_seq, n_head_kv, group)
     values = reference.head_rows(abs(v), n_seq, n_head_kv, group)
     p, _ = reference.attention_weights(queries, keys, scale, 0)
@@ -328,7 +331,8 @@ def test_adapter_kernels_agree_with_float64_and_accumulate(
     backward(graph, list(graph.nodes), {y: given(dy)})
     graph.run()
     u, du = reference.lora_down(x, a), reference.lora_down(dy, b, scale)
-    size_u, size_du = reference.lora_down(abs(x), abs(a)), reference.lora_down(abs(dy), abs(b), 0.75)
+    size_u = reference.lora_down(abs(x), abs(a))
+    size_du = reference.lora_down(abs(dy), abs(b), 0.75)
     k = 2 * chain(n_cols + n_tokens)
     size_a = reference.lora_outer(abs(before_a), size_du, abs(x), 1.0)
     assert_close(da, reference.lora_outer(before_a, du, x, 1.0), size_a, k)
@@ -380,8 +384,12 @@ def test_a_sum_of_a_tensor_with_itself_has_twice_the_gradient(
 
 def test_the_seed_is_left_as_it_was(isa: str, rng: np.random.Generator) -> None:
     x, dy = random(rng, 3, 16), random(rng, 3, 16)
-    before = dy.copy()
-    gradients(isa, [x], lambda g, x: ops.add(g, x, ops.linear(g, x, given(np.eye(16, dtype=f32)))), dy)
+    before, w, norm = dy.copy(), given(random(rng, 16, 16)), given(random(rng, 1, 16))
+
+    def residual(graph: Graph, x: Tensor) -> Tensor:
+        return ops.add(graph, x, ops.linear(graph, ops.rms_norm(graph, x, norm, 1e-5), w))
+
+    gradients(isa, [x], residual, dy)
     assert_same_bits(dy, before)
 
 

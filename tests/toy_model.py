@@ -1,4 +1,4 @@
-"""A model of two small layers, written once and interpreted by the engine, by float64 and by PyTorch.
+"""A model of two small layers, written once; the engine, float64 and PyTorch interpret it.
 
 It has everything that a llama has: grouped heads, gates, residuals, and an adapter at each tensor,
 the norms and the embedding among them.
@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from engine.autograd import backward
+from engine.graph import Graph
+from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import ops
-from engine.autograd import backward
 from engine.dtypes import F32, DType
-from engine.graph import Graph
-from engine.tensor import Tensor
 from tests import reference
-from tests.graphs import f32, given, random, stored
+from tests.graphs import f32, random, stored
 
 Array = NDArray[Any]
 Value = TypeVar("Value")
@@ -63,8 +63,14 @@ class Toy:
 def make_toy(rng: np.random.Generator, **sizes: Any) -> Toy:
     """A toy with random weights."""
     defaults: dict[str, Any] = {
-        "n_embd": 32, "n_head": 4, "n_head_kv": 2, "head_dim": 8, "n_ff": 64, "n_seq": 2, "n_tokens": 9,
-    }  # fmt: skip
+        "n_embd": 32,
+        "n_head": 4,
+        "n_head_kv": 2,
+        "head_dim": 8,
+        "n_ff": 64,
+        "n_seq": 2,
+        "n_tokens": 9,
+    }
     toy = Toy(**(defaults | sizes))
     n_q, n_kv = toy.n_head * toy.head_dim, toy.n_head_kv * toy.head_dim
     shapes = {"embd": (N_VOCAB, toy.n_embd), "out": (N_VOCAB, toy.n_embd), "norm": (1, toy.n_embd)}

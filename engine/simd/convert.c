@@ -181,9 +181,9 @@ static void FN(encode_f16)(const float *x, int64_t n, uint16_t *y)
     }
 }
 
-/* An activation row in blocks of 32: signed codes, scale, and scale times the codes' sum. Scale and sum are
- * rounded to half precision, for the original stores them so; the codes and the sum come from the scale
- * before it is rounded. */
+/* An activation row in blocks of 32: signed codes, scale, and scale times the codes' sum. The scale is rounded to
+ * half precision, for the original stores it so, and so is the sum that meets a stored offset; codes and that
+ * sum come from the scale before it is rounded. Other sums, which undo a shift of codes, are exact. */
 struct q8_row {
     int8_t *q;
     float *scale, *sum;
@@ -194,7 +194,7 @@ V_INLINE float round_half(float x)
     return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
+static void FN(quantize_q8)(const float *x, int64_t n, int half_sums, struct q8_row row)
 {
     for (int64_t i = 0; i < n; i += QUANT_BLOCK) {
         vf top = v_zero(), nothing = v_zero(); /* 0 x: NaN from NaN or infinity, which the maximum drops */
@@ -211,8 +211,9 @@ static void FN(quantize_q8)(const float *x, int64_t n, struct q8_row row)
             row.q[i + j] = (int8_t)codes[j];
             sum += row.q[i + j];
         }
-        row.scale[i / QUANT_BLOCK] = round_half(largest / 127.0f);
-        row.sum[i / QUANT_BLOCK] = round_half((float)sum * (largest / 127.0f));
+        float scale = round_half(largest / 127.0f);
+        row.scale[i / QUANT_BLOCK] = scale;
+        row.sum[i / QUANT_BLOCK] = half_sums ? round_half((float)sum * (largest / 127.0f)) : (float)sum * scale;
     }
 }
 

@@ -52,7 +52,7 @@ static void FN(linear_quant)(const struct linear_args *a, char *scratch, int64_t
     for (int64_t t = 0; t < a->n_tokens; t++) {
         char *p = scratch + t * (a->n_in + 8 * blocks);
         x[t] = (struct q8_row){(int8_t *)p + 8 * blocks, (float *)(void *)p, (float *)(void *)p + blocks};
-        FN(quantize_q8)(a->x + t * a->n_in, a->n_in, x[t]);
+        FN(quantize_q8)(a->x + t * a->n_in, a->n_in, has_offset((int)a->type), x[t]);
     }
     switch (a->type) {
     case TYPE_Q4_0:

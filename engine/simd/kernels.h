@@ -50,7 +50,7 @@ struct linear_back_args {
     int64_t accumulate;
 };
 
-enum { GEMV_TOKENS = 4 }; /* up to here a row of weights meets each token by a dot product */
+enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
 
 /* Bytes of linear_args.packed: panels of at most 64 tokens, each with its columns and block sums. */
 static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
