@@ -33,7 +33,9 @@ VARIANTS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16}
 
 # A wrapper includes its families; naming them all makes a change in any of them rebuild it.
 SIMD_PARTS = sorted(
-    str(p.relative_to(ROOT)) for p in (ROOT / "engine/simd").iterdir() if p.suffix in {".c", ".h", ".def"}
+    str(p.relative_to(ROOT))
+    for p in (ROOT / "engine/simd").iterdir()
+    if p.suffix in {".c", ".h", ".def"}
 )
 
 
@@ -65,7 +67,7 @@ DIRECTIVES = {
 
 
 def extensions() -> list[Extension]:
-    """Make one extension of each ``.pyx`` below ``engine/``; only `engine.kernels` links kernels."""
+    """Make one extension of each ``.pyx`` below ``engine/``."""
     found = []
     for path in sorted((ROOT / "engine").rglob("*.pyx")):
         relative = path.relative_to(ROOT)

@@ -1,8 +1,9 @@
 """The reverse pass: gradients as further nodes of the same graph.
 
-`backward` walks nodes from last to first and asks each for the gradients of its inputs. A node of a *segment*
-(a layer) may have been forgotten by then: with checkpoints its outputs are not kept from the forward pass but
-computed again from the segment's inputs just before they are needed, by the same nodes made anew.
+`backward` walks nodes from last to first and asks each for the gradients of its inputs. A node of a
+*segment* (a layer) may have been forgotten by then: with checkpoints its outputs are not kept from
+the forward pass but computed again from the segment's inputs just before they are needed, by the
+same nodes made anew.
 """
 
 from engine.errors import ShapeError
@@ -37,10 +38,11 @@ cdef class Gradients:
         return tensor in self.known
 
     def into(self, Tensor tensor):
-        """The tensor into which an accumulating kernel may add this one's gradient; None if there is none yet.
+        """The tensor into which an accumulating kernel may add this one's gradient, or None.
 
-        Neither if another tensor shares it (both terms of a sum have the same): that one may still be read;
-        nor if it lies in somebody else's memory, as a seed does.
+        There is none before the first gradient; nor if another tensor shares it (both terms of a
+        sum have the same), which may still be read; nor if it lies in somebody else's memory, as a
+        seed does.
         """
         if tensor.grad is not None:
             return tensor.grad
@@ -61,7 +63,7 @@ cdef class Gradients:
         """
         if tensor.grad is not None:
             if grad is not tensor.grad:
-                raise ShapeError(f"{tensor.name}: a parameter's gradient must be accumulated by its kernel")
+                raise ShapeError(f"{tensor.name}: a parameter's gradient is for its kernel to sum")
             return
         found = self.known.get(tensor)
         if found is None:
@@ -99,14 +101,14 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
     seeds : dict of Tensor to Tensor
         Gradients of the last outputs.
     checkpoints : bool
-        Compute each segment but the last again before its reverse pass, so that between the passes only what
-        enters a segment is kept.
+        Compute each segment but the last again before its reverse pass, so that between the passes
+        only what enters a segment is kept.
 
     Returns
     -------
     dict of Tensor to Tensor
-        Gradients of tensors that enter `nodes` from outside and are not parameters. A parameter's gradient is
-        added to its `grad`.
+        Gradients of tensors that enter `nodes` from outside and are not parameters. A parameter's
+        gradient is added to its `grad`.
     """
     cdef Gradients grads = Gradients(graph, seeds)
     cdef Node node
@@ -129,7 +131,8 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
                     grads.drop((old,))
             group = made
         for node in reversed(group):
-            if any([t in grads for t in node.outputs]) and any([(<Tensor>t).needs_grad for t in node.inputs]):
+            reached = any([t in grads for t in node.outputs])
+            if reached and any([(<Tensor>t).needs_grad for t in node.inputs]):
                 node.gradient(grads)
             grads.drop(node.outputs)
     return dict(grads.known)

@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t
 
 cdef class Node:
     cdef readonly tuple inputs      # tensors read
-    cdef readonly tuple outputs     # tensors written; may be external (a cache, a gradient) or accumulated into
+    cdef readonly tuple outputs     # written; may be external (a cache) or accumulated into
     cdef readonly tuple recipe      # constructor's arguments, to make the node again
     cdef readonly object segment    # what is computed again together on the way back
     cdef dict aliases               # output number -> input number whose buffer it may take over
@@ -22,7 +22,7 @@ cdef class Graph:
     cdef readonly object isa
     cdef readonly int n_threads
     cdef public object segment      # given to nodes as they are added
-    cdef public bint partner        # quantized weights meet activations rounded to bytes, as in the original
+    cdef public bint partner        # quantized weights meet activations rounded as they are
     cdef readonly int64_t arena_bytes
     cdef set kept
     cdef const kernels *table

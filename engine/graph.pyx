@@ -1,16 +1,17 @@
 """The graph: nodes in the order of their making, one plan, many runs.
 
-A node says which tensors it reads and writes and lowers itself to a kernel and its arguments. `Graph.plan`
-gives every written tensor a place in one arena, where tensors whose lives do not meet share bytes, and decides
-between which steps the workers must wait for each other. `Graph.run` then only executes: no Python, no
-allocation, one parallel region.
+A node says which tensors it reads and writes and lowers itself to a kernel and its arguments.
+`Graph.plan` gives every written tensor a place in one arena, where tensors whose lives do not meet
+share bytes, and decides between which steps the workers must wait for each other. `Graph.run` then
+only executes: no Python, no allocation, one parallel region.
 """
 
 import numpy as np
 
 from engine.errors import ShapeError
 
-from engine.kernels cimport WORKER_SCRATCH, kernels, op_fn, step, table, team_run
+from engine.kernels cimport PROBE_FMA_FLOPS, WORKER_SCRATCH, kernels, op_fn, step, team_run
+from engine.kernels cimport table as table_of
 from engine.tensor cimport Tensor
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
@@ -48,7 +49,7 @@ cdef class Node:
         raise ShapeError(f"{type(self).__name__} has no kernel")
 
     def gradient(self, grads):
-        """Add nodes for the gradients of the inputs, given those of the outputs (see autograd.py)."""
+        """Add nodes for the gradients of the inputs, given the outputs' (see autograd.pyx)."""
         raise ShapeError(f"{type(self).__name__} has no gradient")
 
 
@@ -123,7 +124,7 @@ cdef class Graph:
         self.kept = set()
         self.n_threads = n_threads
         self.isa = isa
-        self.table = table(isa)
+        self.table = table_of(isa)
         self.steps = NULL
         self.n_steps = 0
 
@@ -176,17 +177,19 @@ cdef class Graph:
                     taken.add(old)
                     continue
                 if node.must_alias and source is not None:
-                    raise ShapeError(f"{type(node).__name__} works in place, but {old.name} is read later")
+                    kind = type(node).__name__
+                    raise ShapeError(f"{kind} works in place, but {old.name} is read later")
                 size = (tensor.n_bytes() + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
                 starts[tensor], sizes[tensor] = places.take(size), size
             for tensor in {root(t) for t in node.inputs + node.outputs}:
-                if last[tensor] == i and tensor in starts and tensor not in self.kept and tensor not in taken:
+                ends = last[tensor] == i and tensor not in self.kept and tensor not in taken
+                if ends and tensor in starts:
                     places.give(starts[tensor], sizes[tensor])
         self.arena_bytes = places.end
         return starts
 
     cdef int set_barriers(self) except -1:
-        """A step waits if it reads what was written, or writes what was touched, since the last wait."""
+        """A step waits if it reads what was written, or writes what was touched, since then."""
         cdef Node node
         cdef Tensor tensor
         cdef list reads = [], writes = []
@@ -244,6 +247,11 @@ cdef class Graph:
     def scratch_bytes(self) -> int:
         """Working space of all workers."""
         return self.n_threads * WORKER_SCRATCH
+
+    @property
+    def probe_flops(self) -> int:
+        """FLOPs of a thread in one step of an arithmetic probe (ops.probe)."""
+        return PROBE_FMA_FLOPS * self.table.lanes
 
     def run(self):
         """Execute all steps. Inputs are read from, and results left in, the tensors' memory."""

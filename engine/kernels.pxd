@@ -21,6 +21,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         ATTENTION_MAX_DIM
         GEMV_TOKENS
+        PROBE_FMA_FLOPS
         N_VARIANTS
     int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
 
@@ -187,8 +188,14 @@ cdef extern from "kernels.h" nogil:
         float *v
         float clip, beta1, beta2, step, correction, decay
 
+    struct probe_args:
+        int64_t n
+        const float *data
+        float *sink
+
     struct kernels:
         const char *isa
+        int64_t lanes
         void (*decode_row)(int type, const void *p, int64_t n, float *y) noexcept nogil
         void (*encode_bf16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
@@ -197,7 +204,7 @@ cdef extern from "kernels.h" nogil:
         void (*adamw)(const adamw_args *args) noexcept nogil
         op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back
         op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer
-        op_fn lora_gather, lora_scatter, cross_entropy
+        op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_read
 
     struct variant:
         const kernels *table

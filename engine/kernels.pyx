@@ -1,7 +1,7 @@
 """The kernel variants: which one runs here, chosen at import, and the row functions for Python.
 
-Asks cpuid and the operating system's saved register state (``simd/dispatch.c``). The environment variable
-``ENGINE_ISA`` forces a variant by name.
+Asks cpuid and the operating system's saved register state (``simd/dispatch.c``). The environment
+variable ``ENGINE_ISA`` forces a variant by name.
 """
 
 import os
@@ -23,7 +23,9 @@ cdef const kernels *lookup(str isa) except NULL:
     cdef variant *found = &variants[<int>index]
     if found.missing != NULL:
         lack = found.missing.decode()
-        raise IsaError(f"kernel variant {isa}: this machine lacks {lack}; unset ENGINE_ISA or choose another")
+        raise IsaError(
+            f"kernel variant {isa}: this machine lacks {lack}; unset ENGINE_ISA or choose another"
+        )
     return found.table
 
 
@@ -33,7 +35,7 @@ def isas() -> tuple[str, ...]:
 
 
 def missing_features() -> dict[str, str]:
-    """The first missing feature of each variant that this machine cannot run, by the variant's name."""
+    """The first missing feature of each variant that this machine cannot run, by its name."""
     return {
         name: variants[<int>i].missing.decode()
         for name, i in tables.items()

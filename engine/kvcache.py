@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,7 +38,7 @@ class KVCache:
         self._keys = [np.zeros((n_ctx, n_columns), kind) for _ in range(n_layer)]
         self._values = [np.zeros((n_ctx, n_columns), kind) for _ in range(n_layer)]
 
-        def tensors(name: str, arrays: list[NDArray]) -> list[Tensor]:
+        def tensors(name: str, arrays: list[NDArray[Any]]) -> list[Tensor]:
             return [
                 Tensor.external(f"{name}.{i}", a, n_ctx, n_columns, dtype.id, writable=True)
                 for i, a in enumerate(arrays)

@@ -1,4 +1,4 @@
-"""The llama architecture: hyperparameters, weights by name, rotation tables, and the model as a graph.
+"""The llama architecture: hyperparameters, weights by name, rotation tables, the model as a graph.
 
 Another architecture is a file like this one and a row in `model.ARCHITECTURES`.
 """
@@ -37,7 +37,7 @@ BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ff
 
 
 class AdapterTensors(NamedTuple):
-    """An adapter's factors for one weight: A (rank, n_in), B (rank, n_out), and the scale of A'B."""
+    """An adapter's factors for one weight: A (rank, n_in), B (rank, n_out), the scale of A'B."""
 
     a: Tensor
     b: Tensor
@@ -112,7 +112,9 @@ def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
     def positive(key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
         value = file.get_int(f"{arch}.{key}", *([] if default is None else [default]))
         if not 0 < value <= limit:
-            raise FormatError(f"{file.path}: key {arch}.{key}: {value} is out of range 1 to {limit}")
+            raise FormatError(
+                f"{file.path}: key {arch}.{key}: {value} is out of range 1 to {limit}"
+            )
         return value
 
     def real(key: str, *default: float) -> float:
@@ -123,7 +125,9 @@ def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
 
     experts = file.get_int(f"{arch}.expert_count", 0)
     if experts > 0:
-        raise FormatError(f"{file.path}: {experts} experts: mixture-of-experts models cannot be run")
+        raise FormatError(
+            f"{file.path}: {experts} experts: mixture-of-experts models cannot be run"
+        )
     n_embd = positive("embedding_length", limit=2**20)
     n_head = positive("attention.head_count", limit=2**16)
     n_head_kv = positive("attention.head_count_kv", n_head, limit=2**16)
@@ -178,7 +182,7 @@ def rope_tables(
     """Cosines and sines of every position, as the rotation kernel wants them.
 
     Computed in float64. Linear scaling divides all angles; YaRN (arXiv:2309.00071) divides the slow
-    ones and keeps the fast ones; ``rope_freqs.weight`` (Llama 3) divides each pair by its own factor.
+    ones and keeps the fast; ``rope_freqs.weight`` (Llama 3) divides each pair by its own factor.
 
     Parameters
     ----------
@@ -292,7 +296,9 @@ class Weights:
         return Tensor.external(name.removesuffix(".weight"), data, rows, cols, type_id)
 
     def _check_shape(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        have = tuple(n for i, n in enumerate(info.shape) if n != 1 or i >= len(info.shape) - len(shape))
+        have = tuple(
+            n for i, n in enumerate(info.shape) if n != 1 or i >= len(info.shape) - len(shape)
+        )
         if have != shape:
             raise FormatError(
                 f"{self._file.path}: tensor {info.name}: has wrong shape; expected "
@@ -306,7 +312,9 @@ class Weights:
         self._check_shape(info, (h.n_rot // 2,))
         factors = _decoded(info, self._file.data(info.name))
         if not (np.isfinite(factors).all() and (factors > 0).all()):
-            raise FormatError(f"{self._file.path}: tensor rope_freqs.weight: a divisor is not positive")
+            raise FormatError(
+                f"{self._file.path}: tensor rope_freqs.weight: a divisor is not positive"
+            )
         return factors
 
 
@@ -316,9 +324,7 @@ def _decoded(info: TensorInfo, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     return decode(info.dtype.id, data, math.prod(info.shape))
 
 
-def adapter_shapes(
-    h: Hyperparameters, ranks: Mapping[str, int]
-) -> list[tuple[str, int, int, int]]:
+def adapter_shapes(h: Hyperparameters, ranks: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
     """Name, n_in, n_out and rank of every adapted tensor, in the files' order.
 
     Parameters

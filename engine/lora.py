@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -401,7 +402,7 @@ def _paired(records: dict[str, _Record], r: int, alpha: float, source: str) -> A
     return adapter
 
 
-def _unpack(layout: str, content: bytes, position: int, source: str, what: str) -> tuple:
+def _unpack(layout: str, content: bytes, position: int, source: str, what: str) -> tuple[Any, ...]:
     """Unpack `layout` at `position`, or say that the file ends within `what`."""
     if position + struct.calcsize(layout) > len(content):
         raise FormatError(

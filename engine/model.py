@@ -92,7 +92,9 @@ class Model:
         module = ARCHITECTURES.get(architecture)
         if module is None:
             known = ", ".join(ARCHITECTURES)
-            raise FormatError(f"{path}: architecture {architecture!r} cannot be run; known: {known}")
+            raise FormatError(
+                f"{path}: architecture {architecture!r} cannot be run; known: {known}"
+            )
         tokenizer = Tokenizer.from_metadata(file.metadata, str(path))
         hparams = module.read_hyperparameters(file, tokenizer.n_vocab)
         hparams = hparams.overridden(rms_eps, rope_freq_base, rope_freq_scale)
@@ -126,7 +128,8 @@ def check_values(file: GGUFFile) -> None:
             what = "value" if info.dtype.block == 1 else "block scale"
             raise DataError(
                 f"{file.path}: tensor {info.name}: infinite or NaN {what} in row "
-                f"{element // info.shape[-1]}, element {element % info.shape[-1]}; get the file again"
+                f"{element // info.shape[-1]}, element {element % info.shape[-1]}; "
+                "get the file again"
             )
 
 
@@ -215,7 +218,9 @@ class Context:
         if n == 0 or self.n_past + n > self.n_ctx:
             raise ShapeError(f"{n} tokens after {self.n_past} do not fit a context of {self.n_ctx}")
         if ids.min() < 0 or ids.max() >= self.model.hparams.n_vocab:
-            raise DataError(f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary")
+            raise DataError(
+                f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary"
+            )
         for begin in range(0, n, self._n_chunk):
             chunk = ids[begin : begin + self._n_chunk]
             result = self._evaluation(len(chunk), begin + len(chunk) == n)

@@ -1,9 +1,10 @@
 """Every op: shape rule, lowering to its kernel, gradient, side by side.
 
-The formulas are in simd/kernels.h. The functions at the end of each section are the way to make nodes:
-they take the graph and tensors and return the tensors written. `gradient` receives a `Gradients`
-(autograd.pyx): ``grads[t]`` is the gradient of an output, ``grads.add(t, g)`` adds one to an input's, and
-``grads.into(t)`` gives the tensor into which an accumulating kernel may write, or None.
+The formulas are in simd/kernels.h. The functions at the end of each section are the way to make
+nodes: they take the graph and tensors and return the tensors written. `gradient` receives a
+`Gradients` (autograd.pyx): ``grads[t]`` is the gradient of an output, ``grads.add(t, g)`` adds one
+to an input's, and ``grads.into(t)`` gives the tensor into which an accumulating kernel may write,
+or None.
 """
 
 import numpy as np
@@ -12,10 +13,11 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, GEMV_TOKENS, add_args, attention_args, attention_back_args, cache_store_args, cross_entropy_args,
-    embed_args, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args,
-    lora_outer_args, lora_scatter_args, lora_up_args, op_fn, rms_norm_args, rms_norm_back_args, rope_args,
-    silu_mul_args, silu_mul_back_args, zero_args,
+    ATTENTION_MAX_DIM, GEMV_TOKENS, add_args, attention_args, attention_back_args,
+    cache_store_args, cross_entropy_args, embed_args, kernels, linear_args, linear_back_args,
+    linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args, lora_scatter_args,
+    lora_up_args, op_fn, probe_args, rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args,
+    silu_mul_back_args, zero_args,
 )
 from engine.tensor cimport Tensor
 from libc.stdint cimport int32_t, int64_t
@@ -23,7 +25,7 @@ from libc.stdint cimport int32_t, int64_t
 cdef enum:
     F32 = 0
     F16 = 1
-    MAX_ROW = 131072  # longest reduction for which the workers' scratch holds a tile of decoded rows
+    MAX_ROW = 131072  # longest reduction for which a worker's scratch holds a tile of rows
 
 
 cdef int require(bint condition, str message) except -1:
@@ -56,7 +58,8 @@ cdef class Embed(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor w = self.inputs[0], y = self.outputs[0]
-        self.a = embed_args(y.rows, y.cols, w.data, w.type, ints(self.recipe[1], y.rows), y.floats())
+        cdef const int32_t *ids = ints(self.recipe[1], y.rows)
+        self.a = embed_args(y.rows, y.cols, w.data, w.type, ids, y.floats())
         self.args = &self.a
         return table.embed
 
@@ -66,7 +69,7 @@ def embed(Graph graph, Tensor w, ids, int64_t n_tokens) -> Tensor:
     return graph.add(Embed, w, ids, n_tokens)[0]
 
 
-# ---------------------------------------------------------------- matrix products with frozen weights
+# ---------------------------------------------------------------- products with frozen weights
 
 cdef class Linear(Node):
     """y = x W' (+ scale u b): W stored and frozen, (u, b) the end of an adapter."""
@@ -94,7 +97,8 @@ cdef class Linear(Node):
             self.recipe[5], self.shared)
         if len(self.inputs) == 4:
             u, b = self.inputs[2:]
-            self.a.rank, self.a.u, self.a.b, self.a.scale = u.cols, u.floats(), b.floats(), self.recipe[4]
+            self.a.rank, self.a.scale = u.cols, self.recipe[4]
+            self.a.u, self.a.b = u.floats(), b.floats()
         self.args = &self.a
         return table.linear
 
@@ -127,7 +131,8 @@ cdef class LinearBack(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
         self.a = linear_back_args(
-            dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(), self.recipe[2] is not None)
+            dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(),
+            self.recipe[2] is not None)
         self.args = &self.a
         return table.linear_back
 
@@ -165,9 +170,11 @@ cdef class LoraDown(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], m = self.inputs[1], u = self.outputs[0]
-        require(u.rows == x.rows and u.cols == m.rows, f"{m.name}: {u.rows} x {u.cols} cannot take its product")
+        fits = u.rows == x.rows and u.cols == m.rows
+        require(fits, f"{m.name}: {u.rows} x {u.cols} cannot take its product")
         self.a = lora_down_args(
-            x.rows, x.cols, m.rows, x.floats(), m.floats(), self.recipe[2], u.floats(), self.recipe[3] is not None)
+            x.rows, x.cols, m.rows, x.floats(), m.floats(), self.recipe[2], u.floats(),
+            self.recipe[3] is not None)
         self.args = &self.a
         return table.lora_down
 
@@ -196,7 +203,8 @@ cdef class LoraUp(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor u = self.inputs[0], m = self.inputs[1], y = self.outputs[0], base
-        self.a = lora_up_args(y.rows, y.cols, m.rows, NULL, u.floats(), m.floats(), self.recipe[3], y.floats())
+        self.a = lora_up_args(
+            y.rows, y.cols, m.rows, NULL, u.floats(), m.floats(), self.recipe[3], y.floats())
         if len(self.inputs) == 3:
             base = self.inputs[2]
             require(base.type == F32, f"{base.name}: its elements must be F32")
@@ -229,7 +237,8 @@ cdef class LoraOuter(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor u = self.inputs[0], x = self.inputs[1], g = self.outputs[0]
-        self.a = lora_outer_args(x.rows, x.cols, u.cols, u.floats(), x.floats(), self.recipe[2], g.floats())
+        self.a = lora_outer_args(
+            x.rows, x.cols, u.cols, u.floats(), x.floats(), self.recipe[2], g.floats())
         self.args = &self.a
         return table.lora_outer
 
@@ -245,7 +254,8 @@ cdef class LoraGather(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor m = self.inputs[0], u = self.outputs[0]
-        self.a = lora_gather_args(u.rows, m.cols, m.rows, ints(self.recipe[1], u.rows), m.floats(), u.floats())
+        cdef const int32_t *ids = ints(self.recipe[1], u.rows)
+        self.a = lora_gather_args(u.rows, m.cols, m.rows, ids, m.floats(), u.floats())
         self.args = &self.a
         return table.lora_gather
 
@@ -266,14 +276,15 @@ cdef class LoraScatter(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor du = self.inputs[0], g = self.outputs[0]
+        cdef const int32_t *ids = ints(self.recipe[1], du.rows)
         self.a = lora_scatter_args(
-            du.rows, g.cols, g.rows, ints(self.recipe[1], du.rows), du.floats(), self.recipe[2], g.floats())
+            du.rows, g.cols, g.rows, ids, du.floats(), self.recipe[2], g.floats())
         self.args = &self.a
         return table.lora_scatter
 
 
 def lora_down(Graph graph, Tensor x, Tensor m) -> Tensor:
-    """The product of activations (n_tokens, n_in) with A of shape (rank, n_in): (n_tokens, rank)."""
+    """x m' of activations (n_tokens, n_in) and A of shape (rank, n_in): (n_tokens, rank)."""
     return graph.add(LoraDown, x, m, 1.0, None)[0]
 
 
@@ -295,14 +306,17 @@ cdef class RmsNorm(Node):
     cdef rms_norm_args a
 
     def __init__(self, Tensor x, Tensor w, float eps):
-        require(w.type == F32 and w.rows == 1 and w.cols == x.cols, f"{w.name}: {w.cols} weights for {x.cols} columns")
+        fits = w.type == F32 and w.rows == 1 and w.cols == x.cols
+        require(fits, f"{w.name}: {w.cols} weights for {x.cols} columns")
         self.inputs = (x, w)
         self.outputs = (result(w.name + ".out", x.rows, x.cols), result(w.name + ".inv", x.rows, 1))
         self.aliases = {0: 0}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor x = self.inputs[0], w = self.inputs[1], y = self.outputs[0], inv = self.outputs[1]
-        self.a = rms_norm_args(x.rows, x.cols, x.floats(), w.floats(), self.recipe[2], y.floats(), inv.floats())
+        cdef Tensor x = self.inputs[0], w = self.inputs[1]
+        cdef Tensor y = self.outputs[0], inv = self.outputs[1]
+        self.a = rms_norm_args(
+            x.rows, x.cols, x.floats(), w.floats(), self.recipe[2], y.floats(), inv.floats())
         self.args = &self.a
         return table.rms_norm
 
@@ -350,8 +364,9 @@ cdef class Rope(Node):
 
     def __init__(self, Tensor x, positions, tables, int64_t n_head, int sign, bint round_f16):
         require(x.cols % n_head == 0, f"{x.cols} columns are not {n_head} heads")
-        n_rot = tables[0].shape[1]
-        require(n_rot % 2 == 0 and n_rot <= x.cols // n_head, f"{n_rot} rotated dimensions in heads of {x.cols // n_head}")
+        n_rot, head_dim = tables[0].shape[1], x.cols // n_head
+        fits = n_rot % 2 == 0 and n_rot <= head_dim
+        require(fits, f"{n_rot} rotated dimensions in heads of {head_dim}")
         self.inputs = (x,)
         self.outputs = (result("rope", x.rows, x.cols),)
         self.aliases = {0: 0}
@@ -361,15 +376,16 @@ cdef class Rope(Node):
         positions, (cosines, sines), n_head, sign, round_f16 = self.recipe[1:]
         cdef const float[:, ::1] cos = cosines, sin = sines
         self.a = rope_args(
-            x.rows, n_head, x.cols // <int64_t>n_head, cos.shape[1], x.floats(), ints(positions, x.rows),
-            &cos[0, 0], &sin[0, 0], sign, round_f16, y.floats())
+            x.rows, n_head, x.cols // <int64_t>n_head, cos.shape[1], x.floats(),
+            ints(positions, x.rows), &cos[0, 0], &sin[0, 0], sign, round_f16, y.floats())
         self.args = &self.a
         return table.rope
 
     def gradient(self, grads):
         _, positions, tables, n_head, sign, _ = self.recipe
         dy = grads[self.outputs[0]]
-        grads.add(self.inputs[0], grads.graph.add(Rope, dy, positions, tables, n_head, -sign, False)[0])
+        dx = grads.graph.add(Rope, dy, positions, tables, n_head, -sign, False)[0]
+        grads.add(self.inputs[0], dx)
 
 
 def rope(Graph graph, Tensor x, positions, tables, int64_t n_head, bint round_f16=False) -> Tensor:
@@ -378,7 +394,8 @@ def rope(Graph graph, Tensor x, positions, tables, int64_t n_head, bint round_f1
     Parameters
     ----------
     positions : int32 array, one a row of x, read at each run
-    tables : (cos, sin), float32 arrays of shape (n_positions, n_rot), values doubled for pairs, sines signed
+    tables : (cos, sin), float32 arrays of shape (n_positions, n_rot)
+        Values doubled for pairs, sines signed.
     round_f16 : round the result to half precision, as an f16 cache of keys asks of queries
     """
     return graph.add(Rope, x, positions, tables, n_head, 1, round_f16)[0]
@@ -435,7 +452,8 @@ cdef class Add(Node):
     cdef add_args a
 
     def __init__(self, Tensor a, Tensor b):
-        require(a.rows == b.rows and a.cols == b.cols, f"sum of {a.rows} x {a.cols} and {b.rows} x {b.cols}")
+        fits = a.rows == b.rows and a.cols == b.cols
+        require(fits, f"sum of {a.rows} x {a.cols} and {b.rows} x {b.cols}")
         self.inputs = (a, b)
         self.outputs = (result("sum", a.rows, a.cols),)
         self.aliases = {0: 1}
@@ -493,13 +511,14 @@ cdef class CacheStore(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], cache = self.outputs[0]
-        self.a = cache_store_args(x.rows, x.cols, x.floats(), cache.data, cache.type, ints(self.recipe[2], 1))
+        cdef const int32_t *n_past = ints(self.recipe[2], 1)
+        self.a = cache_store_args(x.rows, x.cols, x.floats(), cache.data, cache.type, n_past)
         self.args = &self.a
         return table.cache_store
 
 
 def cache_store(Graph graph, Tensor x, Tensor cache, n_past):
-    """Write x behind row n_past[0] of an external F32 or F16 tensor; the caller sees that they fit."""
+    """Write x behind row n_past[0] of an F32 or F16 tensor; the caller sees that they fit."""
     graph.add(CacheStore, x, cache, n_past)
 
 
@@ -508,22 +527,28 @@ cdef class Attention(Node):
 
     cdef attention_args a
 
-    def __init__(self, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv, float scale, n_past):
+    def __init__(
+        self, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
+        float scale, n_past
+    ):
         head_dim = q.cols // n_head
-        require(head_dim * n_head == q.cols and head_dim * n_head_kv == k.cols == v.cols, "heads do not fit the columns")
+        fits = head_dim * n_head == q.cols and head_dim * n_head_kv == k.cols == v.cols
+        require(fits, "heads do not fit the columns")
         require(n_head % n_head_kv == 0 and q.rows % n_seq == 0, "heads or sequences do not divide")
         require(head_dim <= ATTENTION_MAX_DIM, f"head size {head_dim} is above {ATTENTION_MAX_DIM}")
         require(n_past is not None or k.rows == q.rows, "keys and queries differ in number")
         self.inputs = (q, k, v)
-        self.outputs = (result("attention", q.rows, q.cols), result("attention.lse", q.rows, n_head))
+        out = result("attention", q.rows, q.cols)
+        self.outputs = (out, result("attention.lse", q.rows, n_head))
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor q = self.inputs[0], k = self.inputs[1], v = self.inputs[2]
         cdef Tensor out = self.outputs[0], lse = self.outputs[1]
         n_seq, n_head, n_head_kv, scale, n_past = self.recipe[3:]
         self.a = attention_args(
-            n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head, q.floats(), k.data, v.data,
-            k.type, k.rows // <int64_t>n_seq, NULL, scale, out.floats(), lse.floats())
+            n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
+            q.floats(), k.data, v.data, k.type, k.rows // <int64_t>n_seq, NULL, scale,
+            out.floats(), lse.floats())
         if n_past is not None:
             self.a.n_past = ints(n_past, 1)
         self.args = &self.a
@@ -544,8 +569,8 @@ cdef class AttentionBack(Node):
 
     def __init__(self, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, *sizes):
         self.inputs = (q, k, v, out, lse, dout)
-        shapes = [("attention.dq", q), ("attention.dk", k), ("attention.dv", v), ("attention.delta", lse)]
-        self.outputs = tuple([result(name, t.rows, t.cols) for name, t in shapes])
+        shapes = [("dq", q), ("dk", k), ("dv", v), ("delta", lse)]
+        self.outputs = tuple([result("attention." + name, t.rows, t.cols) for name, t in shapes])
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor q, k, v, out, lse, dout, dq, dk, dv, delta
@@ -553,15 +578,17 @@ cdef class AttentionBack(Node):
         dq, dk, dv, delta = self.outputs
         n_seq, n_head, n_head_kv, scale = self.recipe[6:]
         self.a = attention_back_args(
-            n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head, q.floats(), k.floats(),
-            v.floats(), out.floats(), lse.floats(), dout.floats(), scale, delta.floats(), dq.floats(), dk.floats(),
-            dv.floats())
+            n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
+            q.floats(), k.floats(), v.floats(), out.floats(), lse.floats(), dout.floats(), scale,
+            delta.floats(), dq.floats(), dk.floats(), dv.floats())
         self.args = &self.a
         return table.attention_back
 
 
-def attention(Graph graph, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
-              float scale, n_past=None) -> Tensor:
+def attention(
+    Graph graph, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
+    float scale, n_past=None
+) -> Tensor:
     """Causal attention with grouped heads.
 
     Parameters
@@ -569,8 +596,8 @@ def attention(Graph graph, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t 
     q : Tensor of shape (n_seq * n_query, n_head * head_dim)
     k, v : Tensor of shape (n_seq * n_key, n_head_kv * head_dim), F32 or F16
     n_past : int32 array of one element, optional
-        Position of the first query, read at each run. With it k and v are caches; without it queries and keys
-        are as many, and the op has a gradient.
+        Position of the first query, read at each run. With it k and v are caches; without it there
+        are as many keys as queries, and the op has a gradient.
     """
     return graph.add(Attention, q, k, v, n_seq, n_head, n_head_kv, scale, n_past)[0]
 
@@ -592,7 +619,8 @@ cdef class CrossEntropy(Node):
         cdef Tensor logits = self.inputs[0], loss = self.outputs[0]
         cdef const float[::1] weight = self.recipe[2]
         self.a = cross_entropy_args(
-            logits.rows, logits.cols, logits.floats(), ints(self.recipe[1], logits.rows), &weight[0], loss.floats())
+            logits.rows, logits.cols, logits.floats(), ints(self.recipe[1], logits.rows),
+            &weight[0], loss.floats())
         self.args = &self.a
         return table.cross_entropy
 
@@ -613,3 +641,32 @@ def cross_entropy(Graph graph, Tensor logits, targets, weight):
     dlogits : Tensor of the logits' shape
     """
     return graph.add(CrossEntropy, logits, targets, weight)
+
+
+# ---------------------------------------------------------------- the machine's peaks
+
+cdef class Probe(Node):
+    cdef probe_args a
+
+    def __init__(self, Tensor data, int64_t steps, sink):
+        self.inputs = () if data is None else (data,)
+        self.outputs = ()
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor data
+        cdef float[::1] sink = self.recipe[2]
+        self.a = probe_args(self.recipe[1], NULL, &sink[0])
+        self.args = &self.a
+        if not self.inputs:
+            return table.probe_fma
+        data = self.inputs[0]
+        self.a.data, self.a.n = data.floats(), data.rows * data.cols
+        return table.probe_read
+
+
+def probe(Graph graph, int64_t steps=0, Tensor data=None):
+    """Arithmetic of `steps` steps without memory, or reading `data`: for measuring peaks.
+
+    A step is `Graph.probe_flops` FLOPs of each thread.
+    """
+    graph.add(Probe, data, steps, np.zeros(graph.n_threads, np.float32))

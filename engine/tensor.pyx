@@ -2,7 +2,7 @@
 
 Every tensor is a matrix of ``rows`` x ``cols`` with contiguous rows. A tensor is one of
 
-- *external*: bytes of somebody else (a weight in a mapped file, a parameter or an input in an array),
+- *external*: bytes of somebody else (a weight in a mapped file, a parameter in an array),
 - *planned*: written by a node of a graph, its place given by the graph's plan,
 - a *view*: some rows of another tensor.
 """
@@ -47,7 +47,9 @@ cdef class Tensor:
         cdef Tensor self = Tensor(name, rows, cols, type)
         flat = np.asarray(array).reshape(-1).view(np.uint8)
         if flat.nbytes < self.n_bytes():
-            raise ShapeError(f"tensor {name}: {self.n_bytes()} bytes expected, there are {flat.nbytes}")
+            raise ShapeError(
+                f"tensor {name}: {self.n_bytes()} bytes expected, there are {flat.nbytes}"
+            )
         cdef const unsigned char[::1] bytes_ = flat
         if writable and not flat.flags.writeable:
             raise ShapeError(f"tensor {name}: its memory cannot be written")
@@ -65,7 +67,9 @@ cdef class Tensor:
         """
         for array in (value, grad):
             if array.dtype != np.float32 or array.ndim != 2 or array.shape != value.shape:
-                raise ShapeError(f"parameter {name}: value and gradient must be float32 of one shape")
+                raise ShapeError(
+                    f"parameter {name}: value and gradient must be float32 of one shape"
+                )
         rows, cols = value.shape
         cdef Tensor self = Tensor.external(name, value, rows, cols, 0, True)
         self.grad = Tensor.external(name + ".grad", grad, rows, cols, 0, True)
@@ -76,7 +80,8 @@ cdef class Tensor:
         """Rows first ... first + rows as a tensor of their own."""
         if first < 0 or rows <= 0 or first + rows > self.rows:
             raise ShapeError(f"tensor {self.name}: rows {first} to {first + rows} of {self.rows}")
-        cdef Tensor view = Tensor(f"{self.name}[{first}:{first + rows}]", rows, self.cols, self.type)
+        name = f"{self.name}[{first}:{first + rows}]"
+        cdef Tensor view = Tensor(name, rows, self.cols, self.type)
         view.base = self
         view.first_row = first
         view.needs_grad = self.needs_grad

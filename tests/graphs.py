@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from engine.autograd import backward
-from engine.graph import Graph
-from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import ops
+from engine.autograd import backward
 from engine.dtypes import DType
+from engine.graph import Graph
+from engine.tensor import Tensor
 
 Array = NDArray[Any]
 f32 = np.float32

@@ -463,14 +463,16 @@ def lora_scatter(g: ArrayLike, ids: NDArray[np.int32], du: ArrayLike, scale: flo
 
 # ---------------------------------------------------------------- loss
 
-CROSS_ENTROPY_EPS = 1e-9
-
 
 def cross_entropy(
-    logits: ArrayLike, targets: NDArray[np.int32], weight: float
+    logits: ArrayLike, targets: NDArray[np.int32], weight: float, eps: float = 1e-9
 ) -> tuple[Floats, Floats]:
-    """Loss of each row and the gradient of weight times their sum; target -1 leaves a row out."""
-    x, eps = wide(logits), CROSS_ENTROPY_EPS
+    """Loss of each row and the gradient of weight times their sum; target -1 leaves a row out.
+
+    The gradient is that of the loss with eps = 0, to which eps is then added, so differences of the
+    loss show it at eps = 0 only.
+    """
+    x = wide(logits)
     e = np.exp(x - x.max(axis=1, keepdims=True))
     p = e / e.sum(axis=1, keepdims=True)
     rows, counted = np.arange(len(x)), targets >= 0

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.autograd import backward
-from engine.graph import Graph
-from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import dtypes, ops
+from engine.autograd import backward
 from engine.dtypes import DType
 from engine.errors import ShapeError
+from engine.graph import Graph
+from engine.tensor import Tensor
 from tests import reference, toy_model
 from tests.compare import assert_close, assert_same_bits, chain
 from tests.conftest import Guard
@@ -157,7 +157,7 @@ def test_gradient_of_cross_entropy_is_that_of_the_reference(
     graph.run()
 
     def total(x: Array) -> float:
-        return 0.5 * float(reference.cross_entropy(x, targets, 0.5)[0].sum())
+        return 0.5 * float(reference.cross_entropy(x, targets, 0.5, eps=0)[0].sum())
 
     assert_close(slope.numpy(), reference.central_differences(total, logits, STEP), 1, 16)
 
@@ -407,7 +407,7 @@ def test_a_parameter_cannot_enter_an_op_that_does_not_accumulate(
     graph = Graph(1, isa)
     parameter, _ = trained(random(rng, 3, 8))
     y = ops.silu_mul(graph, parameter, given(random(rng, 3, 8)))
-    with pytest.raises(ShapeError, match="must be accumulated by its kernel"):
+    with pytest.raises(ShapeError, match="parameter's gradient"):
         backward(graph, list(graph.nodes), {y: given(random(rng, 3, 8))})
 
 
@@ -430,9 +430,9 @@ def test_a_models_gradient_follows_the_differences_of_its_loss(
 
         def total(t: Array, name: str = name, way: Array = direction) -> float:
             moved = toy.adapters | {name: toy.adapters[name] + t[0] * way}
-            return float(InFloat64(toy, moved).loss().sum()) * toy.loss_weight
+            return float(InFloat64(toy, moved).loss(eps=0).sum()) * toy.loss_weight
 
-        expected = reference.central_differences(total, np.zeros(1), 1e-3)[0]
+        expected = reference.central_differences(total, np.zeros(1), 1e-4)[0]
         size = (np.abs(found[name]) * np.abs(direction)).sum()
         assert_close((found[name] * direction).sum(), expected, size, DEPTH * chain(64))
 

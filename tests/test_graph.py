@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.autograd import backward
-from engine.graph import Graph
-from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import ops
+from engine.autograd import backward
 from engine.dtypes import Q5_1
 from engine.errors import IsaError, ShapeError
+from engine.graph import Graph
+from engine.tensor import Tensor
 from tests import reference
 from tests.compare import assert_same_bits
 from tests.graphs import compute, f32, given, planned, random

@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ ORDER = [
     "tokenizer",
     "mt19937",
     "kernels",
+    "api",
     "dtypes",
     "gguf_write",
     "gguf",
     "locate",
+    "escapes",
     "tensor",
     "graph",
     "ops",
@@ -131,9 +134,12 @@ def test_no_import_reaches_back(module: str) -> None:
             assert room(other) in {own, "errors"}, f"{module} may use errors only, not {other}"
 
 
-def test_the_package_itself_imports_nothing_heavy() -> None:
+def test_the_package_itself_loads_nothing() -> None:
     """`import engine` must stay possible where no kernel runs, and quick for --help."""
-    assert IMPORTS["engine"] <= {"engine.errors", "engine.dtypes"}
+    script = "import sys, engine; print(*(m for m in sys.modules if m.startswith('engine.')))"
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out == "\n"
 
 
 def test_modules_of_a_package_do_not_import_each_other_in_a_circle() -> None:
@@ -165,6 +171,11 @@ def listed() -> dict[str, list[str]]:
     for kind, name in re.findall(r"^(OP|ROW)\((\w+)\)$", text, re.MULTILINE):
         found[kind].append(name)
     return found
+
+
+def is_probe(name: str) -> bool:
+    """Whether a kernel only measures the machine: it has no result to compare."""
+    return name.startswith("probe_")
 
 
 def without_comments(text: str) -> str:
@@ -212,12 +223,14 @@ def test_the_list_of_kernels_is_the_table_in_c_and_in_cython() -> None:
 def test_every_op_has_arguments_that_c_and_cython_name_alike() -> None:
     in_cython = cython_structs()
     for name in [*listed()["OP"], "adamw"]:
-        assert in_cython[f"{name}_args"] == c_fields(f"{name}_args"), name
+        struct = "probe_args" if is_probe(name) else f"{name}_args"
+        assert in_cython[struct] == c_fields(struct), name
 
 
 def test_every_kernel_has_a_twin_in_the_reference() -> None:
     names = listed()
-    missing = [n for n in names["OP"] + names["ROW"] if not callable(getattr(reference, n, None))]
+    wanted = [n for n in names["OP"] + names["ROW"] if not is_probe(n)]
+    missing = [n for n in wanted if not callable(getattr(reference, n, None))]
     assert not missing, f"tests/reference.py lacks {missing}"
 
 

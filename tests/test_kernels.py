@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from engine.graph import Graph
 
 from engine import kernels
 from engine.errors import IsaError
+from engine.graph import Graph
 from tests.conftest import skip_or_fail
 
 VARIANTS = ("avx512bf16", "avx512", "avx2")  # best first

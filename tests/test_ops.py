@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.graph import Graph
-from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import dtypes, ops
 from engine.dtypes import DType
 from engine.errors import ShapeError
+from engine.graph import Graph
+from engine.tensor import Tensor
 from tests import reference
 from tests.compare import assert_close, assert_same_bits, chain
 from tests.conftest import Guard

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import OptionError
+from engine.escapes import resolve_escapes
 from engine.locate import locate_model
 
 from . import finetune_options
@@ -32,20 +33,19 @@ from .console import (
     usable_cores,
 )
 from .finetune_options import FinetuneOptions
-from .options import Parsed, process_escapes
+from .options import Parsed
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
-    from engine.model import Model
-    from engine.training.optimizer import AdamW
-    from engine.training.trainer import Trainer
-
     from engine.lora import Adapter
+    from engine.model import Model
     from engine.training.checkpoint import Checkpoint, TrainingState
     from engine.training.data import Batches, Samples
     from engine.training.loop import Run, RunOptions, RunResult
+    from engine.training.optimizer import AdamW
     from engine.training.report import IterationReport
     from engine.training.schedule import Schedule
+    from engine.training.trainer import Trainer
 
 # The names under which ranks are listed, and the tensors they are of.
 _LISTED_RANKS = (
@@ -318,7 +318,7 @@ class _Job:
         options = self.options
         start = os.fsencode(options.sample_start)
         if options.escape:
-            start = process_escapes(start)
+            start = resolve_escapes(start)
         self.say(f"main: tokenize training data from {options.train_data}")
         self.say(f"main: sample-start: {os.fsdecode(start)}")
         self.say(f"main: include-sample-start: {str(options.include_sample_start).lower()}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import DataError, OptionError
+from engine.escapes import resolve_escapes
 from engine.locate import locate_model
 
 from . import main_options
@@ -27,14 +28,13 @@ from .console import (
     usable_cores,
 )
 from .main_options import MainOptions, PromptSource
-from .options import Parsed, process_escapes
+from .options import Parsed
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
-    from engine.model import Context, Model
-
     from engine.generate import Generation, Phase
     from engine.lora import Adapter
+    from engine.model import Context, Model
     from engine.sampling import SamplingParams
     from engine.tokenizer import Tokenizer
 
@@ -359,7 +359,7 @@ def _prompt_bytes(options: MainOptions) -> bytes:
             prompt = _file_bytes("--binary-file", value)
         else:
             prompt = (prompt + _file_bytes("--file", value)).removesuffix(b"\n")
-    return process_escapes(prompt) if options.escape else prompt
+    return resolve_escapes(prompt) if options.escape else prompt
 
 
 def _file_bytes(option: str, name: str) -> bytes:

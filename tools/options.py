@@ -26,8 +26,6 @@ _WHOLE = re.compile(r"\s*[+-]?[0-9]+")
 _REAL = re.compile(
     r"\s*[+-]?(?:inf(?:inity)?|nan|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.IGNORECASE
 )
-_ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{2}|[nrt'\"\\])")
-_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
 
 HELP_COLUMN = 34
 WIDTH = 100
@@ -219,16 +217,6 @@ def _between(low: float, high: float) -> Callable[[Any], str]:
         return ""
 
     return problem
-
-
-def process_escapes(raw: bytes) -> bytes:
-    r"""Resolve ``\n \r \t \' \" \\`` and ``\xHH``; any other backslash stays as it is."""
-
-    def resolve(match: re.Match[bytes]) -> bytes:
-        code = match.group(1)
-        return _ESCAPES[code] if code in _ESCAPES else bytes([int(code[1:], 16)])
-
-    return _ESCAPE.sub(resolve, raw)
 
 
 def in_group(title: str, *rows: Option) -> tuple[Option, ...]:

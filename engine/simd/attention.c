@@ -13,10 +13,7 @@ struct query_block {
     int64_t seq, head, first, tokens, group, rows;
 };
 
-V_INLINE int64_t query_tokens(int64_t group)
-{
-    return group < QUERY_ROWS ? QUERY_ROWS / group : 1;
-}
+V_INLINE int64_t query_tokens(int64_t group) { return group < QUERY_ROWS ? QUERY_ROWS / group : 1; }
 
 V_INLINE int64_t padded(int64_t n) { return (n + VL - 1) / VL * VL; }
 
@@ -34,16 +31,16 @@ V_INLINE struct query_block query_block_of(
 }
 
 /* Element offset of row i of the block in a matrix of n_head * dim columns. */
-V_INLINE int64_t query_offset(const struct query_block *b, int64_t n_query, int64_t n_head, int64_t dim, int64_t i)
+V_INLINE int64_t query_offset(
+    const struct query_block *b, int64_t n_query, int64_t n_head, int64_t dim, int64_t i)
 {
     int64_t token = b->seq * n_query + b->first + i / b->group;
     return (token * n_head + b->head * b->group + i % b->group) * dim;
 }
 
 /* dst[i][0 ... dim) = scale src row, zero up to `stride` columns. */
-static void FN(load_rows)(
-    const struct query_block *b, const float *src, int64_t n_query, int64_t n_head, int64_t dim, float scale,
-    float *dst, int64_t stride)
+static void FN(load_rows)(const struct query_block *b, const float *src, int64_t n_query,
+    int64_t n_head, int64_t dim, float scale, float *dst, int64_t stride)
 {
     for (int64_t i = 0; i < b->rows; i++) {
         const float *x = src + query_offset(b, n_query, n_head, dim, i);
@@ -55,14 +52,14 @@ static void FN(load_rows)(
 }
 
 /* Keys or values first ... first + n of one head as KEYS float rows of `stride`, zero beyond. */
-static void FN(load_keys)(
-    const void *src, int type, int64_t row, int64_t n, int64_t width, int64_t column, int64_t dim, float *dst,
-    int64_t stride)
+static void FN(load_keys)(const void *src, int type, int64_t row, int64_t n, int64_t width,
+    int64_t column, int64_t dim, float *dst, int64_t stride)
 {
     int64_t size = type == TYPE_F16 ? 2 : 4;
     memset(dst, 0, (size_t)(KEYS * stride) * sizeof *dst);
     for (int64_t j = 0; j < n; j++)
-        FN(decode_row)(type, (const char *)src + ((row + j) * width + column) * size, dim, dst + j * stride);
+        FN(decode_row)(
+            type, (const char *)src + ((row + j) * width + column) * size, dim, dst + j * stride);
 }
 
 /* One row of scores to probabilities relative to the row's running maximum; the first n of KEYS count. */
@@ -123,7 +120,8 @@ static void FN(attend)(const struct attention_args *a, struct query_block b, cha
     for (int64_t i = 0; i < b.rows; i++) {
         int64_t offset = query_offset(&b, a->n_query, a->n_head, d, i);
         for (int64_t c = 0; c < d; c += VL)
-            v_store_n(a->out + offset + c, v_mul(v_load(out + i * dp + c), v_set1(1.0f / sum[i])), d - c < VL ? d - c : VL);
+            v_store_n(a->out + offset + c, v_mul(v_load(out + i * dp + c), v_set1(1.0f / sum[i])),
+                d - c < VL ? d - c : VL);
         if (a->lse)
             a->lse[offset / d] = maximum[i] + logf(sum[i]);
     }
@@ -135,7 +133,8 @@ static void FN(attention)(const void *p, const struct worker *worker)
     int64_t tokens = query_tokens(a->n_head / a->n_head_kv);
     int64_t items = a->n_seq * a->n_head_kv * ((a->n_query + tokens - 1) / tokens);
     for (int64_t item = worker->index; item < items; item += worker->count)
-        FN(attend)(a, query_block_of(item, a->n_query, a->n_head, a->n_head_kv, tokens), worker->scratch);
+        FN(attend)(
+            a, query_block_of(item, a->n_query, a->n_head, a->n_head_kv, tokens), worker->scratch);
 }
 
 /* delta[t][h] = dout[t][h] . out[t][h], which is sum_j p_j dp_j */
@@ -149,7 +148,7 @@ static void FN(attention_delta)(const struct attention_back_args *a, const struc
 
 /* Working space of one item on the way back. */
 struct back_space {
-    float *q, *dout, *p, *dp, *turned_p, *dq;        /* rows x ...  */
+    float *q, *dout, *p, *dp, *turned_p, *dq;                     /* rows x ...  */
     float *keys, *turned_keys, *values, *turned_values, *dk, *dv; /* KEYS x ... */
 };
 
@@ -164,8 +163,8 @@ V_INLINE void score_gradient(float *p, float *dp, int64_t sees, float lse, float
     }
 }
 
-static void FN(attend_back_block)(
-    const struct attention_back_args *a, const struct query_block *b, int64_t key, const struct back_space *s)
+static void FN(attend_back_block)(const struct attention_back_args *a, const struct query_block *b,
+    int64_t key, const struct back_space *s)
 {
     int64_t d = a->head_dim, dp = padded(d), rp = padded(b->rows);
     FN(load_rows)(b, a->q, a->n_query, a->n_head, d, a->scale, s->q, dp);
@@ -175,7 +174,8 @@ static void FN(attend_back_block)(
     for (int64_t i = 0; i < b->rows; i++) {
         int64_t sees = b->first + i / b->group + 1 - key;
         int64_t at = query_offset(b, a->n_query, a->n_head, d, i) / d;
-        score_gradient(s->p + i * KEYS, s->dp + i * KEYS, sees < 0 ? 0 : sees, a->lse[at], a->delta[at]);
+        score_gradient(
+            s->p + i * KEYS, s->dp + i * KEYS, sees < 0 ? 0 : sees, a->lse[at], a->delta[at]);
     }
     FN(transpose)(s->p, KEYS, b->rows, KEYS, s->turned_p, rp);
     FN(block_product)(KEYS, dp, b->rows, s->turned_p, rp, s->dout, dp, s->dv, dp, 1);
@@ -193,16 +193,18 @@ static void FN(attend_back_block)(
 }
 
 /* One key head of one sequence: key blocks outside, the query blocks that see them inside. */
-static void FN(attend_back)(const struct attention_back_args *a, int64_t seq, int64_t head, char *scratch)
+static void FN(attend_back)(
+    const struct attention_back_args *a, int64_t seq, int64_t head, char *scratch)
 {
-    int64_t d = a->head_dim, dp = padded(d), group = a->n_head / a->n_head_kv, tokens = query_tokens(group);
-    int64_t rows = padded(tokens * group), blocks = (a->n_query + tokens - 1) / tokens, width = a->n_head_kv * d;
+    int64_t d = a->head_dim, dp = padded(d), width = a->n_head_kv * d;
+    int64_t group = a->n_head / a->n_head_kv, tokens = query_tokens(group);
+    int64_t rows = padded(tokens * group), blocks = (a->n_query + tokens - 1) / tokens;
     struct back_space s;
     float *f = (float *)(void *)scratch;
-    float **parts[] = {&s.q, &s.dout, &s.dq, &s.p, &s.dp, &s.turned_p, &s.keys, &s.values, &s.dk, &s.dv,
-                       &s.turned_keys, &s.turned_values};
+    float **parts[] = {&s.q, &s.dout, &s.dq, &s.p, &s.dp, &s.turned_p, &s.keys, &s.values, &s.dk,
+        &s.dv, &s.turned_keys, &s.turned_values};
     int64_t sizes[] = {rows * dp, rows * dp, rows * dp, rows * KEYS, rows * KEYS, rows * KEYS,
-                       KEYS * dp, KEYS * dp, KEYS * dp, KEYS * dp, KEYS * dp, KEYS * dp};
+        KEYS * dp, KEYS * dp, KEYS * dp, KEYS * dp, KEYS * dp, KEYS * dp};
     for (int i = 0; i < 12; f += sizes[i], i++)
         *parts[i] = f;
     for (int64_t key = 0; key < a->n_query; key += KEYS) {
@@ -215,7 +217,8 @@ static void FN(attend_back)(const struct attention_back_args *a, int64_t seq, in
         memset(s.dv, 0, (size_t)(KEYS * dp) * sizeof(float));
         for (int64_t block = 0; block < blocks; block++) {
             int64_t item = (seq * a->n_head_kv + head) * blocks + blocks - 1 - block;
-            struct query_block b = query_block_of(item, a->n_query, a->n_head, a->n_head_kv, tokens);
+            struct query_block b =
+                query_block_of(item, a->n_query, a->n_head, a->n_head_kv, tokens);
             if (b.first + b.tokens > key)
                 FN(attend_back_block)(a, &b, key, &s);
         }

@@ -23,8 +23,8 @@ V_INLINE __m256i fifth_bits(const uint8_t *qh)
 {
     uint32_t bits;
     memcpy(&bits, qh, sizeof bits);
-    __m256i spread = _mm256_shuffle_epi8(
-        _mm256_set1_epi32((int)bits), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits),
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
     __m256i own = _mm256_set1_epi64x((long long)0x8040201008040201);
     __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own);
     return _mm256_and_si256(set, _mm256_set1_epi8(16));
@@ -110,18 +110,30 @@ static void FN(decode_bf16)(const uint8_t *p, int64_t n, float *y)
     }
 }
 
-/* A row of a type with offsets in two parts: y[i] = code d, n of them, and then m of each block. */
-static void FN(decode_split)(int type, const uint8_t *p, int64_t n, float *y)
+/* The parts of a type with offsets: y[i] = code d for n elements, and m for n blocks. */
+V_INLINE void decode_codes(int type, const uint8_t *p, int64_t n, float *y)
 {
-    int64_t bytes = block_bytes(type);
-    for (int64_t b = 0; b < n / QUANT_BLOCK; b++, p += bytes) {
-        struct codes c = type == TYPE_Q4_1 ? block_codes(TYPE_Q4_1, p) : block_codes(TYPE_Q5_1, p);
+    for (int64_t i = 0; i < n; i += QUANT_BLOCK, p += block_bytes(type)) {
+        struct codes c = block_codes(type, p);
         uint8_t codes[QUANT_BLOCK];
         _mm256_storeu_si256((__m256i *)codes, c.q);
-        for (int i = 0; i < QUANT_BLOCK; i += VL)
-            v_store(y + b * QUANT_BLOCK + i, v_mul(v_from_u8(codes + i), v_set1(c.d)));
-        y[n + b] = c.m;
+        for (int j = 0; j < QUANT_BLOCK; j += VL)
+            v_store(y + i + j, v_mul(v_from_u8(codes + j), v_set1(c.d)));
     }
+}
+
+static void FN(decode_codes)(int type, const uint8_t *p, int64_t n, float *y)
+{
+    if (type == TYPE_Q4_1)
+        decode_codes(TYPE_Q4_1, p, n, y);
+    else
+        decode_codes(TYPE_Q5_1, p, n, y);
+}
+
+static void FN(decode_offsets)(int type, const uint8_t *p, int64_t n_blocks, float *y)
+{
+    for (int64_t b = 0; b < n_blocks; b++, p += block_bytes(type))
+        y[b] = f16_value(p + 2);
 }
 
 /* y: n floats; p: n stored elements, whole blocks, unaligned. */
@@ -168,7 +180,7 @@ static void FN(encode_bf16)(const float *x, int64_t n, uint16_t *y)
     }
 }
 
-/* Nearest half, ties to even. y: n halfs. */
+/* Nearest half, ties to even. y: n halves. */
 static void FN(encode_f16)(const float *x, int64_t n, uint16_t *y)
 {
     int64_t i = 0;
@@ -189,20 +201,19 @@ struct q8_row {
     float *scale, *sum;
 };
 
-V_INLINE float round_half(float x)
-{
-    return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
-}
+V_INLINE float round_half(float x) { return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 
 static void FN(quantize_q8)(const float *x, int64_t n, int half_sums, struct q8_row row)
 {
     for (int64_t i = 0; i < n; i += QUANT_BLOCK) {
-        vf top = v_zero(), nothing = v_zero(); /* 0 x: NaN from NaN or infinity, which the maximum drops */
+        vf top = v_zero();
+        vf nothing = v_zero(); /* 0 x: NaN from NaN or infinity, which the maximum drops */
         for (int j = 0; j < QUANT_BLOCK; j += VL) {
             top = v_max(top, v_abs(v_load(x + i + j)));
             nothing = v_fma(v_load(x + i + j), v_zero(), nothing);
         }
-        float largest = v_max_lane(top) + v_sum(nothing), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        float largest = v_max_lane(top) + v_sum(nothing);
+        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
         int32_t sum = 0;
         float codes[QUANT_BLOCK];
         for (int j = 0; j < QUANT_BLOCK; j += VL)
@@ -213,7 +224,8 @@ static void FN(quantize_q8)(const float *x, int64_t n, int half_sums, struct q8_
         }
         float scale = round_half(largest / 127.0f);
         row.scale[i / QUANT_BLOCK] = scale;
-        row.sum[i / QUANT_BLOCK] = half_sums ? round_half((float)sum * (largest / 127.0f)) : (float)sum * scale;
+        row.sum[i / QUANT_BLOCK] =
+            half_sums ? round_half((float)sum * (largest / 127.0f)) : (float)sum * scale;
     }
 }
 

@@ -21,9 +21,11 @@
 #include "attention.c"
 #include "loss.c"
 #include "adamw.c"
+#include "probe.c"
 
 const struct kernels CAT(kernels, VARIANT) = {
     .isa = STR(VARIANT),
+    .lanes = VL,
 #define KERNEL(name) .name = FN(name),
 #include "kernels.def"
 #undef KERNEL

@@ -8,12 +8,14 @@
  * Bound: 2 n_tokens n_in n_out FLOPs; decoding costs each weight once per call. */
 
 enum {
-    CHUNK_ROWS = 48,           /* rows of W decoded at a time: a multiple of TILE_ROWS and of VL */
-    CHUNK_FLOATS = 160 * 1024, /* decoded weights that stay in a worker's L2 */
-    BACK_COLUMNS = 512,        /* columns of W decoded at a time on the way back: whole blocks of any type */
+    CHUNK_ROWS = 192,   /* rows of W worked on at a time: a multiple of TILE_ROWS and of VL */
+    CHUNK_TOKENS = 512, /* tokens worked on at a time: whole panels */
+    CHUNK_DEPTH = 256,  /* part of the reduction worked on at a time: whole blocks of every type */
+    BACK_COLUMNS = 512, /* columns of W decoded at a time on the way back: whole blocks of every type */
+    BACK_DEPTH = 192,   /* rows of W decoded at a time on the way back */
 };
 
-/* Floats before panel number p, and the distance of its rows. */
+/* Distance of the rows of the panel that begins with token `first`. */
 V_INLINE int64_t panel_lanes(int64_t n_tokens, int64_t first)
 {
     int64_t left = n_tokens - first;
@@ -60,18 +62,27 @@ static void FN(pack_tokens)(const struct linear_args *a, const struct worker *wo
     }
 }
 
-/* Rows first ... first + n of W as floats: in place for F32, else decoded into buffer. */
-static const float *FN(weight_rows)(const struct linear_args *a, int64_t first, int64_t n, float *buffer)
+/* Part k0 ... k0 + depth of the reduction of rows first ... first + n of W: decoded into `buffer` at distance
+ * CHUNK_DEPTH; in place for F32. Offsets follow the codes. */
+static const float *FN(weight_rows)(
+    const struct linear_args *a, int64_t first, int64_t n, int64_t k0, int64_t depth, float *buffer, int64_t *stride)
 {
-    int64_t row_bytes = row_offset((int)a->type, a->n_in), k = reduction(a);
+    int type = (int)a->type;
+    int64_t row_bytes = row_offset(type, a->n_in);
     const char *w = (const char *)a->w + first * row_bytes;
-    if (a->type == TYPE_F32 && (uintptr_t)w % sizeof(float) == 0)
-        return (const float *)(const void *)w;
-    for (int64_t i = 0; i < n; i++) {
-        if (k > a->n_in)
-            FN(decode_split)((int)a->type, (const uint8_t *)w + i * row_bytes, a->n_in, buffer + i * k);
+    *stride = CHUNK_DEPTH;
+    if (type == TYPE_F32 && (uintptr_t)w % sizeof(float) == 0) {
+        *stride = a->n_in;
+        return (const float *)(const void *)w + k0;
+    }
+    for (int64_t i = 0; i < n; i++, w += row_bytes) {
+        float *y = buffer + i * CHUNK_DEPTH;
+        if (k0 >= a->n_in)
+            FN(decode_offsets)(type, (const uint8_t *)w + (k0 - a->n_in) * block_bytes(type), depth, y);
+        else if (reduction(a) > a->n_in)
+            FN(decode_codes)(type, (const uint8_t *)w + row_offset(type, k0), depth, y);
         else
-            FN(decode_row)((int)a->type, w + i * row_bytes, a->n_in, buffer + i * k);
+            FN(decode_row)(type, w + row_offset(type, k0), depth, y);
     }
     return buffer;
 }
@@ -93,25 +104,49 @@ static void FN(add_lora)(const struct linear_args *a, int64_t t0, int64_t t1, in
     }
 }
 
+/* How much of the reduction comes next: parts end where the codes end. */
+V_INLINE int64_t next_depth(const struct linear_args *a, int64_t k0)
+{
+    int64_t left = (k0 < a->n_in ? a->n_in : reduction(a)) - k0;
+    return left < CHUNK_DEPTH ? left : CHUNK_DEPTH;
+}
+
+/* Rows o ... o + rows of W times tokens t0 ... t1: results gather in `result`, panel by panel. */
+static void FN(chunk_product)(
+    const struct linear_args *a, int64_t o, int64_t rows, int64_t t0, int64_t t1, float *result, float *buffer)
+{
+    int64_t stride, k = reduction(a);
+    for (int64_t k0 = 0, depth; k0 < k; k0 += depth) {
+        depth = next_depth(a, k0);
+        const float *w = FN(weight_rows)(a, o, rows, k0, depth, buffer, &stride);
+        for (int64_t t = t0; t < t1; t += TILE_LANES) {
+            int64_t lanes = panel_lanes(a->n_tokens, t);
+            const float *panel = (const float *)a->packed + t * k + k0 * lanes;
+            float *c = result + (t - t0) * CHUNK_ROWS;
+            FN(block_product)(rows, lanes, depth, w, stride, panel, lanes, c, TILE_LANES, k0 > 0);
+        }
+    }
+    for (int64_t t = t0; t < t1; t += TILE_LANES) {
+        int64_t tokens = t1 - t < TILE_LANES ? t1 - t : TILE_LANES;
+        const float *c = result + (t - t0) * CHUNK_ROWS;
+        FN(transpose)(c, TILE_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
+        if (a->rank > 0)
+            FN(add_lora)(a, t, t + tokens, o, rows);
+    }
+}
+
 static void FN(linear_gemm)(const struct linear_args *a, const struct worker *worker)
 {
     FN(pack_tokens)(a, worker);
     team_barrier(worker);
-    int64_t begin, end, k = reduction(a), chunk = CHUNK_FLOATS / k / TILE_ROWS * TILE_ROWS;
-    chunk = chunk < TILE_ROWS ? TILE_ROWS : chunk > CHUNK_ROWS ? CHUNK_ROWS : chunk;
+    int64_t begin, end;
     worker_range(worker, a->n_out, TILE_ROWS, &begin, &end);
-    float *result = (float *)(void *)worker->scratch, *buffer = result + CHUNK_ROWS * TILE_LANES;
-    for (int64_t o = begin; o < end; o += chunk) {
-        int64_t rows = end - o < chunk ? end - o : chunk;
-        const float *w = FN(weight_rows)(a, o, rows, buffer);
-        for (int64_t t = 0; t < a->n_tokens; t += TILE_LANES) {
-            int64_t lanes = panel_lanes(a->n_tokens, t), tokens = a->n_tokens - t;
-            const float *panel = (const float *)a->packed + t * k;
-            FN(block_product)(rows, lanes, k, w, k, panel, lanes, result, TILE_LANES, 0);
-            tokens = tokens < TILE_LANES ? tokens : TILE_LANES;
-            FN(transpose)(result, TILE_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
-            if (a->rank > 0)
-                FN(add_lora)(a, t, t + tokens, o, rows);
+    float *result = (float *)(void *)worker->scratch, *buffer = result + CHUNK_ROWS * CHUNK_TOKENS;
+    for (int64_t t = 0; t < a->n_tokens; t += CHUNK_TOKENS) {
+        int64_t t1 = t + CHUNK_TOKENS < a->n_tokens ? t + CHUNK_TOKENS : a->n_tokens;
+        for (int64_t o = begin; o < end; o += CHUNK_ROWS) {
+            int64_t rows = end - o < CHUNK_ROWS ? end - o : CHUNK_ROWS;
+            FN(chunk_product)(a, o, rows, t, t1, result, buffer);
         }
     }
 }
@@ -159,16 +194,14 @@ static void FN(linear_back)(const void *p, const struct worker *worker)
     worker_range(worker, a->n_in, grain < 32 ? 32 : grain, &begin, &end);
     for (int64_t col = begin; col < end; col += BACK_COLUMNS) {
         int64_t cols = end - col < BACK_COLUMNS ? end - col : BACK_COLUMNS;
-        int64_t depth = CHUNK_FLOATS / ((cols + TILE_LANES - 1) / TILE_LANES * TILE_LANES);
-        depth = depth > 256 ? 256 : depth;
-        for (int64_t o = 0; o < a->n_out; o += depth) {
-            int64_t rows = a->n_out - o < depth ? a->n_out - o : depth;
+        for (int64_t o = 0; o < a->n_out; o += BACK_DEPTH) {
+            int64_t rows = a->n_out - o < BACK_DEPTH ? a->n_out - o : BACK_DEPTH;
             FN(weight_panels)(a, o, rows, col, cols, panels);
-            for (int64_t t = 0; t < a->n_tokens; t += TILE_ROWS) {
-                int64_t tokens = a->n_tokens - t < TILE_ROWS ? a->n_tokens - t : TILE_ROWS;
-                const float *dy = a->dy + t * a->n_out + o;
-                for (int64_t j = 0; j < cols; j += TILE_LANES) {
-                    int64_t width = cols - j < TILE_LANES ? cols - j : TILE_LANES;
+            for (int64_t j = 0; j < cols; j += TILE_LANES) {
+                int64_t width = cols - j < TILE_LANES ? cols - j : TILE_LANES;
+                for (int64_t t = 0; t < a->n_tokens; t += TILE_ROWS) {
+                    int64_t tokens = a->n_tokens - t < TILE_ROWS ? a->n_tokens - t : TILE_ROWS;
+                    const float *dy = a->dy + t * a->n_out + o;
                     FN(back_tile)
                     (a, t, tokens, dy, rows, panels + j * rows, col + j, width, o > 0 || a->accumulate);
                 }

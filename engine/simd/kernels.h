@@ -214,6 +214,15 @@ struct adamw_args {
     float clip, beta1, beta2, step, correction, decay;
 };
 
+/* Peaks: n steps of arithmetic, or n floats to read. sink: a float a worker, so that nothing is left out. */
+struct probe_args {
+    int64_t n;
+    const float *data;
+    float *sink;
+};
+
+enum { PROBE_FMA_FLOPS = 2 * 24 }; /* a step of probe_fma, times the floats of a vector */
+
 typedef void (*decode_row_fn)(int type, const void *p, int64_t n, float *y);
 typedef void (*encode_fn)(const float *x, int64_t n, uint16_t *y);
 typedef int64_t (*find_invalid_fn)(int type, const void *p, int64_t n);
@@ -222,13 +231,15 @@ typedef void (*adamw_fn)(const struct adamw_args *args);
 
 struct kernels {
     const char *isa;
+    int64_t lanes; /* floats of a vector */
     decode_row_fn decode_row;
     encode_fn encode_bf16, encode_f16;
     find_invalid_fn find_invalid;
     sum_squares_fn sum_squares;
     adamw_fn adamw;
-    op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back, add, zero, cache_store;
-    op_fn attention, attention_back, lora_down, lora_up, lora_outer, lora_gather, lora_scatter, cross_entropy;
+    op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back;
+    op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer;
+    op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_read;
 };
 
 /* dispatch.c: the variants of this build, best first. */

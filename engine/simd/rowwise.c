@@ -76,7 +76,8 @@ static void FN(rope)(const void *p, const struct worker *worker)
     int64_t begin, end, width = a->n_head * a->head_dim;
     worker_range(worker, a->n_tokens, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++) {
-        const float *cos = a->cos + a->positions[t] * a->n_rot, *sin = a->sin + a->positions[t] * a->n_rot;
+        int64_t row = a->positions[t] * a->n_rot;
+        const float *cos = a->cos + row, *sin = a->sin + row;
         for (int64_t h = 0; h < a->n_head; h++) {
             const float *x = a->x + t * width + h * a->head_dim;
             float *y = a->y + t * width + h * a->head_dim;
@@ -114,7 +115,8 @@ static void FN(silu_mul_back)(const void *p, const struct worker *worker)
     worker_range(worker, a->n, VL, &begin, &end);
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        vf g = v_load_n(a->g + i, lanes), u = v_load_n(a->u + i, lanes), dy = v_load_n(a->dy + i, lanes);
+        vf g = v_load_n(a->g + i, lanes), u = v_load_n(a->u + i, lanes);
+        vf dy = v_load_n(a->dy + i, lanes);
         vf s = v_logistic(g), one = v_set1(1.0f);
         vf slope = v_mul(s, v_fma(g, v_sub(one, s), one));
         v_store_n(a->dg + i, v_mul(v_mul(dy, u), slope), lanes);

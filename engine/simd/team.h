@@ -45,7 +45,8 @@ static inline void team_barrier(const struct worker *w)
         __atomic_store_n(&team->generation, generation + 1, __ATOMIC_RELEASE);
         return;
     }
-    for (int spins = 1; __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) == generation; spins++) {
+    for (int spins = 1; __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) == generation;
+        spins++) {
         if (spins % 4096 == 0)
             sched_yield();
         else
@@ -54,7 +55,8 @@ static inline void team_barrier(const struct worker *w)
 }
 
 /* The part [*begin, *end) of n items, in multiples of grain, that falls to this worker. */
-static inline void worker_range(const struct worker *w, int64_t n, int64_t grain, int64_t *begin, int64_t *end)
+static inline void worker_range(
+    const struct worker *w, int64_t n, int64_t grain, int64_t *begin, int64_t *end)
 {
     int64_t grains = (n + grain - 1) / grain;
     int64_t first = grains * w->index / w->count * grain;

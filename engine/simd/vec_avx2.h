@@ -44,7 +44,10 @@ V_INLINE vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
 V_INLINE vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 V_INLINE vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 V_INLINE vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-V_INLINE vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+V_INLINE vf v_round(vf a)
+{
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 /* Sum and maximum of the lanes, in pairs: the same order in every call. */
 V_INLINE float v_sum(vf a)
@@ -81,7 +84,10 @@ V_INLINE vf v_swap_pairs(vf a) { return _mm256_permute_ps(a, 0xB1); }
 
 V_INLINE vf v_from_f16(__m128i h) { return _mm256_cvtph_ps(h); }
 V_INLINE __m128i v_to_f16(vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
-V_INLINE vf v_load_f16(const uint16_t *p) { return v_from_f16(_mm_loadu_si128((const __m128i *)p)); }
+V_INLINE vf v_load_f16(const uint16_t *p)
+{
+    return v_from_f16(_mm_loadu_si128((const __m128i *)p));
+}
 V_INLINE void v_store_f16(uint16_t *p, vf x) { _mm_storeu_si128((__m128i *)p, v_to_f16(x)); }
 V_INLINE vf v_load_bf16(const uint16_t *p)
 {
@@ -146,4 +152,7 @@ V_INLINE vi v_dot_u8s8(vi u, vi s)
 }
 /* The same for signed weights; the result counts `bias` times the sum of s too much. */
 enum { SIGNED_BIAS = 0 };
-V_INLINE vi v_dot_s8s8(vi a, vi s) { return v_dot_u8s8(_mm256_abs_epi8(a), _mm256_sign_epi8(s, a)); }
+V_INLINE vi v_dot_s8s8(vi a, vi s)
+{
+    return v_dot_u8s8(_mm256_abs_epi8(a), _mm256_sign_epi8(s, a));
+}

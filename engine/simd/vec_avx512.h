@@ -4,8 +4,9 @@
 #include <string.h>
 
 enum {
-    VL = 16,       /* floats of a vector */
-    TILE_ROWS = 6, /* 6 x 4 accumulators + 4 loads: 28 of 32 registers; broadcasts come from memory */
+    VL = 16, /* floats of a vector */
+    /* 6 x 4 accumulators + 4 loads: 28 of 32 registers; broadcasts come from memory */
+    TILE_ROWS = 6,
     TILE_VECS = 4,
 };
 
@@ -112,7 +113,8 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
         s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) { /* r[i + c]: rows i ... i + 3 of columns c, c + 4, c + 8, c + 12 */
+    for (int i = 0; i < 16; i += 4) {
+        /* r[i + c]: rows i ... i + 3 of columns c, c + 4, c + 8, c + 12 */
         r[i] = _mm512_shuffle_ps(s[i], s[i + 2], 0x44);
         r[i + 1] = _mm512_shuffle_ps(s[i], s[i + 2], 0xEE);
         r[i + 2] = _mm512_shuffle_ps(s[i + 1], s[i + 3], 0x44);

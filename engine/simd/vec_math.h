@@ -45,22 +45,23 @@ V_INLINE float v_dot(const float *a, const float *b, int64_t n)
 }
 
 /* dst[j][i] = src[i][j] for rows x cols elements of 32 bits. */
-V_INLINE void transpose_edge(
-    const float *src, int64_t src_stride, int64_t rows, int64_t cols, float *dst, int64_t dst_stride)
+V_INLINE void transpose_edge(const float *src, int64_t src_stride, int64_t rows, int64_t cols,
+    float *dst, int64_t dst_stride)
 {
     for (int64_t j = 0; j < cols; j++)
         for (int64_t i = 0; i < rows; i++)
             dst[j * dst_stride + i] = src[i * src_stride + j];
 }
 
-static __attribute__((unused)) void FN(transpose)(
-    const float *src, int64_t src_stride, int64_t rows, int64_t cols, float *dst, int64_t dst_stride)
+static __attribute__((unused)) void FN(transpose)(const float *src, int64_t src_stride,
+    int64_t rows, int64_t cols, float *dst, int64_t dst_stride)
 {
     int64_t whole_rows = rows / VL * VL, whole_cols = cols / VL * VL;
     for (int64_t i = 0; i < whole_rows; i += VL)
         for (int64_t j = 0; j < whole_cols; j += VL)
             v_transpose(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
-    transpose_edge(
-        src + whole_cols, src_stride, whole_rows, cols - whole_cols, dst + whole_cols * dst_stride, dst_stride);
-    transpose_edge(src + whole_rows * src_stride, src_stride, rows - whole_rows, cols, dst + whole_rows, dst_stride);
+    transpose_edge(src + whole_cols, src_stride, whole_rows, cols - whole_cols,
+        dst + whole_cols * dst_stride, dst_stride);
+    transpose_edge(src + whole_rows * src_stride, src_stride, rows - whole_rows, cols,
+        dst + whole_rows, dst_stride);
 }

@@ -22,9 +22,6 @@ from engine.mt19937 import MT19937
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
 
-_ESCAPE = re.compile(rb"""\\(?:x([0-9A-Fa-f]{2})|([nrt'"\\]))""")
-_ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
-
 # Characters as the splitter sees them: their length comes from the first byte alone, so a text
 # that is not UTF-8 has a rhythm of its own. A run of one-byte characters is taken at once.
 _CHARACTERS = re.compile(
@@ -107,16 +104,6 @@ class Samples:
     def n_unique_tokens(self) -> int:
         """How many different tokens occur."""
         return len(np.unique(self.tokens))
-
-
-def resolve_escapes(text: bytes) -> bytes:
-    r"""Resolve ``\n \r \t \' \" \\ \xHH``; any other backslash stays as it is."""
-
-    def resolved(match: re.Match[bytes]) -> bytes:
-        digits, letter = match.groups()
-        return bytes.fromhex(digits.decode()) if digits else _ESCAPED.get(letter, letter)
-
-    return _ESCAPE.sub(resolved, text)
 
 
 def read_training_text(path: str | Path) -> bytes:

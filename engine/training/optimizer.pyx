@@ -1,6 +1,8 @@
 """AdamW over an adapter's parameters (arXiv:1711.05101), with clipping by the global norm."""
 
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -88,15 +90,14 @@ class AdamW:
 
 def _decay_runs(adapter, int min_ndim) -> list[tuple[int, int, bool]]:
     """Stretches of the flat parameters that decay alike: (begin, end, decays)."""
+    sizes = []
+    for pair in adapter.pairs.values():
+        sizes.append((2 >= min_ndim, pair.a.size))
+        sizes.append(((2 if pair.n_out > 1 else 1) >= min_ndim, pair.b.size))
     runs = []
     begin = 0
-    for pair in adapter.pairs.values():
-        for size, ndim in ((pair.a.size, 2), (pair.b.size, 2 if pair.n_out > 1 else 1)):
-            decays = ndim >= min_ndim
-            if runs and runs[len(runs) - 1][2] == decays:
-                first = runs.pop()[0]
-            else:
-                first = begin
-            begin += size
-            runs.append((first, begin, decays))
+    for decays, group in groupby(sizes, itemgetter(0)):
+        end = begin + sum([size for _, size in group])
+        runs.append((begin, end, decays))
+        begin = end
     return runs

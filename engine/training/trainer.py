@@ -1,4 +1,4 @@
-"""Forward and backward pass of a batch: the model's graph, its loss, and the adapters' gradients."""
+"""Forward and backward pass of a batch: the model's graph, its loss, the adapters' gradients."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class Trainer:
                 shape = (1, pair.rank) if suffix == ".b" and pair.n_out == 1 else value.shape
                 tensor = Tensor.parameter(name + suffix, value.reshape(shape), grad.reshape(shape))
                 factors.append(tensor)
-            tensors[name] = AdapterTensors(*factors, adapter.scale)
+            a, b = factors
+            tensors[name] = AdapterTensors(a, b, adapter.scale)
         return tensors
 
     def _head(self, builder: Builder, hidden: Tensor) -> tuple[list[Tensor], Tensor | None]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.graph import Graph
-from engine.tensor import Tensor
 from numpy.typing import NDArray
 
 from engine import dtypes, ops
 from engine.dtypes import DType
+from engine.graph import Graph
+from engine.tensor import Tensor
 from tests import reference
 from tests.compare import assert_same_bits
 from tests.graphs import compute, f32, given, random, stored

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
+
+from engine.errors import OptionError
 from engine.tools import finetune
 from engine.tools.finetune_options import TABLE, FinetuneOptions, parse
 from engine.tools.options import UsageError
-
-from engine.errors import OptionError
 
 CLOCK = 2**32 - 1
 DEFAULTS = {

