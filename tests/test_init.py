@@ -46,8 +46,8 @@ def test_the_version_is_the_distribution_s() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="'engine' has no attribute 'Modle'"):
-        _ = engine.Modle  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="'engine' has no attribute 'Weights'"):
+        _ = engine.Weights  # type: ignore[attr-defined]
 
 
 def test_the_headers_are_where_the_package_says() -> None:

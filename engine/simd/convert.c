@@ -86,15 +86,19 @@ V_INLINE void decode_block(int type, const uint8_t *p, float *y)
 V_INLINE void decode_blocks(int type, const uint8_t *p, int64_t n, float *y)
 {
     int64_t bytes = block_bytes(type);
-    for (int64_t i = 0; i < n; i += QUANT_BLOCK, p += bytes)
+    for (int64_t i = 0; i < n; i += QUANT_BLOCK, p += bytes) {
+        prefetch_weights(p);
         decode_block(type, p, y + i);
+    }
 }
 
 static void FN(decode_f16)(const uint8_t *p, int64_t n, float *y)
 {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL)
+    for (; i + VL <= n; i += VL) {
+        prefetch_weights(p + 2 * i);
         v_store(y + i, v_load_f16((const uint16_t *)(p + 2 * i)));
+    }
     for (; i < n; i++)
         y[i] = f16_value(p + 2 * i);
 }
@@ -102,8 +106,10 @@ static void FN(decode_f16)(const uint8_t *p, int64_t n, float *y)
 static void FN(decode_bf16)(const uint8_t *p, int64_t n, float *y)
 {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL)
+    for (; i + VL <= n; i += VL) {
+        prefetch_weights(p + 2 * i);
         v_store(y + i, v_load_bf16((const uint16_t *)(p + 2 * i)));
+    }
     for (; i < n; i++) {
         uint32_t bits = ((uint32_t)p[2 * i] | (uint32_t)p[2 * i + 1] << 8) << 16;
         memcpy(y + i, &bits, sizeof bits);

@@ -12,6 +12,7 @@ V_INLINE float quant_dot(int type, const uint8_t *w, int64_t n, struct q8_row x)
     __m256 acc = _mm256_setzero_ps();
     float offset = 0;
     for (int64_t b = 0; b < n / QUANT_BLOCK; b++, w += bytes) {
+        prefetch_weights(w);
         struct codes c = block_codes(type, w);
         __m256i q = _mm256_loadu_si256((const __m256i *)(x.q + b * QUANT_BLOCK));
         __m256i products = type == TYPE_Q8_0 ? v_dot_s8s8(c.q, q) : v_dot_u8s8(c.q, q);
@@ -89,6 +90,8 @@ V_INLINE float float_dot(int type, const char *w, int64_t n, const float *x)
     vf s0 = v_zero(), s1 = v_zero(), s2 = v_zero(), s3 = v_zero();
     int64_t i = 0;
     for (; i + 4 * VL <= n; i += 4 * VL) {
+        for (int64_t ahead = 0; ahead < 4 * VL * size; ahead += 64)
+            prefetch_weights(w + i * size + ahead);
         s0 = v_fma(load_stored(type, w + i * size), v_load(x + i), s0);
         s1 = v_fma(load_stored(type, w + (i + VL) * size), v_load(x + i + VL), s1);
         s2 = v_fma(load_stored(type, w + (i + 2 * VL) * size), v_load(x + i + 2 * VL), s2);

@@ -150,7 +150,7 @@ struct attention_back_args {
     float *delta, *dq, *dk, *dv;
 };
 
-enum { ATTENTION_MAX_DIM = 512 }; /* head_dim that the workers' scratch holds */
+enum { ATTENTION_MAX_DIM = 512, ATTENTION_MAX_GROUP = 256 }; /* what the workers' scratch holds */
 
 /* u[t][r] (+)= scale sum_i x[t][i] m[r][i]               m: rank x n_cols, an adapter's A or B */
 struct lora_down_args {
