@@ -29,7 +29,8 @@ if SANITIZE:
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
-VARIANTS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16}
+AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
+VARIANTS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16, "amx": AMX}
 
 # A wrapper includes its families; naming them all makes a change in any of them rebuild it.
 SIMD_PARTS = sorted(

@@ -21,7 +21,8 @@ Result = dict[str, Any]
 
 def read_results(folder: Path = RESULTS) -> dict[str, Result]:
     """Results by kind of machine, sorted by name."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    files = sorted(folder.glob("*.json"))
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in files}
 
 
 def figure(value: float) -> str:
@@ -40,15 +41,15 @@ def table(results: dict[str, Result]) -> str:
     """
     if not results:
         return "Nothing has been measured yet: `make bench` does it."
-    whats = list(dict.fromkeys(row["what"] for r in results.values() for row in r["rows"]))
+    names = list(dict.fromkeys(row["what"] for r in results.values() for row in r["rows"]))
     heads = [f"{r['processor']}, {r['threads']} threads, {r['isa']}" for r in results.values()]
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
-    for what in whats:
+    for name in names:
         cells = []
         for result in results.values():
-            found = next((row for row in result["rows"] if row["what"] == what), None)
+            found = next((row for row in result["rows"] if row["what"] == name), None)
             cells.append(f"{figure(found['value'])} {found['unit']}" if found else "")
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ cdef class Graph:
     cdef readonly object isa
     cdef readonly int n_threads
     cdef public object segment      # given to nodes as they are added
+    cdef public bint pairs          # weights that are not F32 may be multiplied in bf16 pairs
     cdef public bint partner        # quantized weights meet activations rounded as they are
     cdef readonly int64_t arena_bytes
     cdef set kept

@@ -3,7 +3,8 @@
 from libc.stdint cimport int32_t, int64_t, uint16_t
 
 cdef extern from "team.h" nogil:
-    struct worker
+    struct worker:
+        int index, count
     ctypedef void (*op_fn)(const void *args, const worker *w) noexcept nogil
     struct step:
         op_fn run
@@ -43,7 +44,7 @@ cdef extern from "kernels.h" nogil:
         const float *u
         const float *b
         float scale
-        int64_t partner
+        int64_t partner, pairs
         void *packed
 
     struct linear_back_args:
@@ -52,7 +53,8 @@ cdef extern from "kernels.h" nogil:
         const void *w
         int64_t type
         float *dx
-        int64_t accumulate
+        int64_t accumulate, pairs
+        void *packed
 
     struct rms_norm_args:
         int64_t n_tokens, n_cols
@@ -196,7 +198,7 @@ cdef extern from "kernels.h" nogil:
 
     struct kernels:
         const char *isa
-        int64_t lanes
+        int64_t lanes, pairs
         void (*decode_row)(int type, const void *p, int64_t n, float *y) noexcept nogil
         void (*encode_bf16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
@@ -205,7 +207,7 @@ cdef extern from "kernels.h" nogil:
         void (*adamw)(const adamw_args *args) noexcept nogil
         op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back
         op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer
-        op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_read
+        op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_read
 
     struct variant:
         const kernels *table

@@ -10,6 +10,8 @@ import numpy as np
 
 from engine.errors import IsaError
 
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
 cdef variant variants[N_VARIANTS]
 list_variants(variants)
 
@@ -67,6 +69,50 @@ cdef const kernels *table(object isa=None) except NULL:
 
 cdef void team_run(const step *steps, int64_t n_steps, int n_threads, char *scratch) noexcept nogil:
     c_team_run(steps, n_steps, n_threads, scratch)
+
+
+cdef dict preferences = {}
+
+
+def has_pairs(isa=None) -> bool:
+    """Whether the variant multiplies bf16 pairs."""
+    return table(isa).pairs != 0
+
+
+def prefers_pairs(isa=None) -> bool:
+    """Whether bf16 pairs are the faster way to multiply on this machine.
+
+    Matrix tiles are; where pairs are multiplied by vectors the two instructions are timed once (some 50 us), for
+    processors differ: twice the rate of float32 multiply-adds on one, half of it on another.
+    """
+    cdef const kernels *k = table(isa)
+    name = k.isa.decode()
+    if name not in preferences:
+        preferences[name] = k.pairs == 2 or (k.pairs == 1 and pairs_win(k))
+    return preferences[name]
+
+
+cdef bint pairs_win(const kernels *k) noexcept:
+    """A pair product does twice the work of a multiply-add, so it wins unless it takes over twice as long."""
+    return 2 * fastest(k.probe_fma) > fastest(k.probe_pairs) * 1.2
+
+
+cdef int64_t fastest(op_fn probe) noexcept:
+    """Nanoseconds of a short probe, the best of several."""
+    cdef float sink = 0
+    cdef worker alone
+    cdef probe_args args
+    cdef timespec begin, end
+    cdef int64_t best = 1 << 62, taken
+    alone.index, alone.count = 0, 1
+    args.n, args.data, args.sink = 500, NULL, &sink
+    for _ in range(8):
+        clock_gettime(CLOCK_MONOTONIC, &begin)
+        probe(&args, &alone)
+        clock_gettime(CLOCK_MONOTONIC, &end)
+        taken = (end.tv_sec - begin.tv_sec) * 1000000000 + end.tv_nsec - begin.tv_nsec
+        best = min(best, taken)
+    return best
 
 
 def decode(int type_id, const unsigned char[::1] data, int64_t n, isa=None):

@@ -16,7 +16,7 @@ from engine.dtypes import F16, DType
 from engine.errors import DataError, FormatError, ShapeError
 from engine.gguf import GGUFFile, read_gguf
 from engine.graph import Graph
-from engine.kernels import find_invalid
+from engine.kernels import find_invalid, prefers_pairs
 from engine.kvcache import KVCache
 from engine.llama import Builder, Hyperparameters, Weights
 from engine.lora import Adapter
@@ -246,6 +246,7 @@ class Context:
         h, cache = self.model.hparams, self._cache
         graph = Graph(self._threads[n_tokens > 1], self._isa)
         graph.partner = True
+        graph.pairs = prefers_pairs(self._isa)
         ids, positions = np.zeros((2, n_tokens), np.int32)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, add_args, attention_args, attention_back_args,
-    cache_store_args, cross_entropy_args, embed_args, kernels, linear_args, linear_back_args,
-    linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args, lora_scatter_args,
+    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, add_args, attention_args,
+    attention_back_args, cache_store_args, cross_entropy_args, embed_args, kernels, linear_args,
+    linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args, lora_scatter_args,
     lora_up_args, op_fn, probe_args, rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args,
     silu_mul_back_args, zero_args,
 )
@@ -25,7 +25,8 @@ from libc.stdint cimport int32_t, int64_t
 cdef enum:
     F32 = 0
     F16 = 1
-    MAX_ROW = 131072  # longest reduction for which a worker's scratch holds a tile of rows
+    BF16 = 30
+    MAX_ROW = 57344   # longest reduction for which a worker's scratch holds a tile of rows
 
 
 cdef int require(bint condition, str message) except -1:
@@ -43,6 +44,11 @@ cdef const int32_t *ints(object array, int64_t n) except NULL:
 
 cdef Tensor result(str name, int64_t rows, int64_t cols):
     return Tensor(name, rows, cols)
+
+
+cdef bint in_pairs(Tensor w, bint partner, bint pairs):
+    """Whether products with w go in bf16 pairs: never F32 weights; in inference, none that bf16 would change."""
+    return pairs and w.type != F32 and (w.type == BF16 or not partner)
 
 
 # ---------------------------------------------------------------- embedding
@@ -76,7 +82,7 @@ cdef class Linear(Node):
 
     cdef linear_args a
 
-    def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner):
+    def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner, bint pairs):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
         require(x.type == F32, f"{x.name}: activations must be F32")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
@@ -95,7 +101,7 @@ cdef class Linear(Node):
         cdef Tensor x = self.inputs[0], w = self.inputs[1], y = self.outputs[0], u, b
         self.a = linear_args(
             x.rows, x.cols, w.rows, x.floats(), w.data, w.type, y.floats(), 0, NULL, NULL, 0,
-            self.recipe[5], self.shared)
+            self.recipe[5], in_pairs(w, self.recipe[5], self.recipe[6]), self.shared)
         if len(self.inputs) == 4:
             u, b = self.inputs[2:]
             self.a.rank, self.a.scale = u.cols, self.recipe[4]
@@ -108,7 +114,7 @@ cdef class Linear(Node):
         dy = grads[self.outputs[0]]
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LinearBack, dy, w, into)[0])
+            grads.add(x, grads.graph.add(LinearBack, dy, w, into, self.recipe[6])[0])
         if len(self.inputs) == 4:
             u, b = self.inputs[2:]
             scale = self.recipe[4]
@@ -124,16 +130,23 @@ cdef class LinearBack(Node):
 
     cdef linear_back_args a
 
-    def __init__(self, Tensor dy, Tensor w, Tensor into):
+    def __init__(self, Tensor dy, Tensor w, Tensor into, bint pairs=False):
         require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
         self.inputs = (dy, w)
         self.outputs = (into if into is not None else result(w.name + ".dx", dy.rows, w.cols),)
+
+    cdef bint pairs(self):
+        return len(self.recipe) > 3 and in_pairs(self.inputs[1], False, self.recipe[3])
+
+    cdef int64_t shared_bytes(self) except -1:
+        cdef Tensor dy = self.inputs[0]
+        return dy.rows * (dy.cols + 1) * 2 if self.pairs() else 0
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
         self.a = linear_back_args(
             dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(),
-            self.recipe[2] is not None)
+            self.recipe[2] is not None, self.pairs(), self.shared)
         self.args = &self.a
         return table.linear_back
 
@@ -152,9 +165,9 @@ def linear(Graph graph, Tensor x, Tensor w, adapter=None) -> Tensor:
     Tensor of shape (n_tokens, n_out)
     """
     if adapter is None:
-        return graph.add(Linear, x, w, None, None, 0.0, graph.partner)[0]
+        return graph.add(Linear, x, w, None, None, 0.0, graph.partner, graph.pairs)[0]
     a, b, scale = adapter
-    return graph.add(Linear, x, w, lora_down(graph, x, a), b, scale, graph.partner)[0]
+    return graph.add(Linear, x, w, lora_down(graph, x, a), b, scale, graph.partner, graph.pairs)[0]
 
 
 # ---------------------------------------------------------------- adapters
@@ -536,10 +549,12 @@ cdef class Attention(Node):
         fits = head_dim * n_head == q.cols and head_dim * n_head_kv == k.cols == v.cols
         require(fits, "heads do not fit the columns")
         require(n_head % n_head_kv == 0 and q.rows % n_seq == 0, "heads or sequences do not divide")
-        require(n_head // n_head_kv <= ATTENTION_MAX_GROUP, f"{n_head // n_head_kv} query heads share a key head")
+        group = n_head // n_head_kv
+        require(group <= ATTENTION_MAX_GROUP, f"{group} query heads share a key head")
         require(head_dim <= ATTENTION_MAX_DIM, f"head size {head_dim} is above {ATTENTION_MAX_DIM}")
         require(n_past is not None or k.rows == q.rows, "keys and queries differ in number")
-        require(q.type == F32 and k.type == v.type and k.type in (F32, F16), "keys and values must be F32 or F16")
+        fits = q.type == F32 and k.type == v.type and k.type in (F32, F16)
+        require(fits, "keys and values must be F32 or F16")
         self.inputs = (q, k, v)
         out = result("attention", q.rows, q.cols)
         self.outputs = (out, result("attention.lse", q.rows, n_head))

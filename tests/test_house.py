@@ -45,7 +45,7 @@ ORDER = [
 # Used by all; they use nobody.
 LEAVES = {"tokenizer", "mt19937", "kernels"}
 # Members of the table that are no kernels.
-ABOUT_THE_VARIANT = ["isa", "lanes"]
+ABOUT_THE_VARIANT = ("isa", "lanes", "pairs")
 SKIPPED_FOLDERS = {"simd", "__pycache__"}
 
 

@@ -184,7 +184,7 @@ def test_linear_reads_unaligned_weights(isa: str, rng: np.random.Generator) -> N
 
 
 def test_linear_takes_long_rows(isa: str, rng: np.random.Generator) -> None:
-    n_in = 131072
+    n_in = 57344
     w, x = random(rng, 13, n_in), random(rng, 9, n_in)
     for dtype in (dtypes.F32, dtypes.BF16):
         data = reference.encode(dtype, w)

@@ -6,6 +6,8 @@
  * arXiv:2205.14135), then the products with the values, again by the tile.
  * Bound: 4 n_head head_dim FLOPs for each pair of query and visible key. */
 
+#define BLOCK_PRODUCT CAT(block_product_f32, VARIANT)
+
 enum { KEYS = 64, QUERY_ROWS = 96 };
 
 /* Where an item's rows come from. Row i is query token first + i / group, head group_head + i % group. */
@@ -14,8 +16,6 @@ struct query_block {
 };
 
 V_INLINE int64_t query_tokens(int64_t group) { return group < QUERY_ROWS ? QUERY_ROWS / group : 1; }
-
-V_INLINE int64_t padded(int64_t n) { return (n + VL - 1) / VL * VL; }
 
 V_INLINE struct query_block query_block_of(
     int64_t item, int64_t n_query, int64_t n_head, int64_t n_head_kv, int64_t tokens)
@@ -102,7 +102,7 @@ static void FN(attend)(const struct attention_args *a, struct query_block b, cha
         FN(load_keys)(a->k, (int)a->type, row, n, width, b.head * d, d, keys, dp);
         FN(load_keys)(a->v, (int)a->type, row, n, width, b.head * d, d, values, dp);
         FN(transpose)(keys, dp, KEYS, d, turned, KEYS);
-        FN(block_product)(b.rows, KEYS, d, q, dp, turned, KEYS, score, KEYS, 0);
+        BLOCK_PRODUCT(b.rows, KEYS, d, q, dp, turned, KEYS, score, KEYS, 0);
         for (int64_t i = 0; i < b.rows; i++) {
             int64_t sees = n_past + b.first + i / b.group + 1 - j;
             sees = sees < 0 ? 0 : sees < n ? sees : n;
@@ -115,7 +115,7 @@ static void FN(attend)(const struct attention_args *a, struct query_block b, cha
             for (int64_t c = 0; c < dp; c += VL)
                 v_store(out + i * dp + c, v_mul(v_load(out + i * dp + c), v_set1(correction)));
         }
-        FN(block_product)(b.rows, dp, n, score, KEYS, values, dp, out, dp, 1);
+        BLOCK_PRODUCT(b.rows, dp, n, score, KEYS, values, dp, out, dp, 1);
     }
     for (int64_t i = 0; i < b.rows; i++) {
         int64_t offset = query_offset(&b, a->n_query, a->n_head, d, i);
@@ -169,8 +169,8 @@ static void FN(attend_back_block)(const struct attention_back_args *a, const str
     int64_t d = a->head_dim, dp = padded(d), rp = padded(b->rows);
     FN(load_rows)(b, a->q, a->n_query, a->n_head, d, a->scale, s->q, dp);
     FN(load_rows)(b, a->dout, a->n_query, a->n_head, d, 1.0f, s->dout, dp);
-    FN(block_product)(b->rows, KEYS, d, s->q, dp, s->turned_keys, KEYS, s->p, KEYS, 0);
-    FN(block_product)(b->rows, KEYS, d, s->dout, dp, s->turned_values, KEYS, s->dp, KEYS, 0);
+    BLOCK_PRODUCT(b->rows, KEYS, d, s->q, dp, s->turned_keys, KEYS, s->p, KEYS, 0);
+    BLOCK_PRODUCT(b->rows, KEYS, d, s->dout, dp, s->turned_values, KEYS, s->dp, KEYS, 0);
     for (int64_t i = 0; i < b->rows; i++) {
         int64_t sees = b->first + i / b->group + 1 - key;
         int64_t at = query_offset(b, a->n_query, a->n_head, d, i) / d;
@@ -178,10 +178,10 @@ static void FN(attend_back_block)(const struct attention_back_args *a, const str
             s->p + i * KEYS, s->dp + i * KEYS, sees < 0 ? 0 : sees, a->lse[at], a->delta[at]);
     }
     FN(transpose)(s->p, KEYS, b->rows, KEYS, s->turned_p, rp);
-    FN(block_product)(KEYS, dp, b->rows, s->turned_p, rp, s->dout, dp, s->dv, dp, 1);
+    BLOCK_PRODUCT(KEYS, dp, b->rows, s->turned_p, rp, s->dout, dp, s->dv, dp, 1);
     FN(transpose)(s->dp, KEYS, b->rows, KEYS, s->turned_p, rp);
-    FN(block_product)(KEYS, dp, b->rows, s->turned_p, rp, s->q, dp, s->dk, dp, 1);
-    FN(block_product)(b->rows, dp, KEYS, s->dp, KEYS, s->keys, dp, s->dq, dp, 0);
+    BLOCK_PRODUCT(KEYS, dp, b->rows, s->turned_p, rp, s->q, dp, s->dk, dp, 1);
+    BLOCK_PRODUCT(b->rows, dp, KEYS, s->dp, KEYS, s->keys, dp, s->dq, dp, 0);
     for (int64_t i = 0; i < b->rows; i++) {
         float *dq = a->dq + query_offset(b, a->n_query, a->n_head, d, i);
         for (int64_t c = 0; c < d; c += VL) {

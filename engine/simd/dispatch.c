@@ -2,14 +2,18 @@
  * nothing here needs the features it asks about.
  *
  * A feature counts when the processor has it (cpuid) and the system saves its registers (xgetbv, XCR0):
- * bits 1, 2 for 256-bit vectors, 5, 6, 7 besides for 512-bit ones. */
+ * bits 1, 2 for 256-bit vectors, 5, 6, 7 besides for 512-bit ones, 17, 18 for matrix tiles. Tiles need the
+ * kernel's permission, too, which a process asks for once, before its threads start. */
+#define _GNU_SOURCE /* syscall */
 #include "kernels.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const struct kernels kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
 
-enum word { LEAF1_ECX, LEAF7_EBX, LEAF7_ECX, LEAF7_1_EAX, STATE, N_WORDS };
+enum word { LEAF1_ECX, LEAF7_EBX, LEAF7_ECX, LEAF7_EDX, LEAF7_1_EAX, STATE, N_WORDS };
 
 struct feature {
     const char *name;
@@ -39,6 +43,13 @@ static const struct feature features_avx512bf16[] = {
     {NULL, 0, 0},
 };
 
+static const struct feature features_amx[] = {
+    {"AMX_TILE", LEAF7_EDX, 1u << 24},
+    {"AMX_BF16", LEAF7_EDX, 1u << 22},
+    {"tile register state enabled by the operating system", STATE, 0x60000},
+    {NULL, 0, 0},
+};
+
 static void read_features(unsigned words[N_WORDS])
 {
     unsigned a, b, c, d;
@@ -55,6 +66,7 @@ static void read_features(unsigned words[N_WORDS])
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
         words[LEAF7_EBX] = b;
         words[LEAF7_ECX] = c;
+        words[LEAF7_EDX] = d;
         if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
             words[LEAF7_1_EAX] = a;
     }
@@ -68,14 +80,23 @@ static const char *first_missing(const struct feature *list, const unsigned word
     return NULL;
 }
 
+/* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Linux 5.16. */
+static const char *ask_for_tiles(void)
+{
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system's permission to use tile registers";
+}
+
 void list_variants(struct variant out[N_VARIANTS])
 {
     unsigned words[N_WORDS];
     read_features(words);
     const char *missing = first_missing(features_avx2, words);
-    out[2] = (struct variant){&kernels_avx2, missing};
+    out[3] = (struct variant){&kernels_avx2, missing};
     missing = missing ? missing : first_missing(features_avx512, words);
-    out[1] = (struct variant){&kernels_avx512, missing};
+    out[2] = (struct variant){&kernels_avx512, missing};
     missing = missing ? missing : first_missing(features_avx512bf16, words);
-    out[0] = (struct variant){&kernels_avx512bf16, missing};
+    out[1] = (struct variant){&kernels_avx512bf16, missing};
+    missing = missing ? missing : first_missing(features_amx, words);
+    missing = missing ? missing : ask_for_tiles();
+    out[0] = (struct variant){&kernels_amx, missing};
 }

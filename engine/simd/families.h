@@ -13,8 +13,18 @@
 #include "vec_math.h"
 
 #include "convert.c"
+#include "linear.c"
+#include "precision.h"
+#define PRECISION f32
 #include "tile.c"
 #include "gemm.c"
+#undef PRECISION
+#ifdef HAVE_PAIR_PRODUCT
+#define PRECISION bf16
+#include "tile.c"
+#include "gemm.c"
+#undef PRECISION
+#endif
 #include "gemv.c"
 #include "rowwise.c"
 #include "lora.c"
@@ -26,6 +36,11 @@
 const struct kernels CAT(kernels, VARIANT) = {
     .isa = STR(VARIANT),
     .lanes = VL,
+#if defined HAVE_MATRIX_TILES
+    .pairs = 2,
+#elif defined HAVE_PAIR_PRODUCT
+    .pairs = 1,
+#endif
 #define KERNEL(name) .name = FN(name),
 #include "kernels.def"
 #undef KERNEL

@@ -142,8 +142,24 @@ static void FN(linear_gemv)(const struct linear_args *a, const struct worker *wo
 static void FN(linear)(const void *p, const struct worker *worker)
 {
     const struct linear_args *a = p;
-    if (a->n_tokens > GEMV_TOKENS)
-        FN(linear_gemm)(a, worker);
-    else
+    if (a->n_tokens <= GEMV_TOKENS)
         FN(linear_gemv)(a, worker);
+#ifdef HAVE_PAIR_PRODUCT
+    else if (a->pairs && a->n_in % 2 == 0)
+        CAT(linear_gemm_bf16, VARIANT)(a, worker);
+#endif
+    else
+        CAT(linear_gemm_f32, VARIANT)(a, worker);
+}
+
+static void FN(linear_back)(const void *p, const struct worker *worker)
+{
+    const struct linear_back_args *a = p;
+#ifdef HAVE_PAIR_PRODUCT
+    if (a->pairs) {
+        CAT(linear_back_gemm_bf16, VARIANT)(a, worker);
+        return;
+    }
+#endif
+    CAT(linear_back_gemm_f32, VARIANT)(a, worker);
 }

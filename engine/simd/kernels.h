@@ -26,6 +26,7 @@ struct embed_args {
  * W: n_out stored rows of n_in; u: n_tokens x rank; b: rank x n_out.
  * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
  * sums) first, as the original does; products are then the same for one token and for many.
+ * pairs: where there is a pair product, round x (and W, unless stored so) to bf16 and use it; sums stay float.
  * packed: linear_packed_bytes() shared by the workers, used where n_tokens > GEMV_TOKENS. */
 struct linear_args {
     int64_t n_tokens, n_in, n_out;
@@ -36,18 +37,19 @@ struct linear_args {
     int64_t rank;
     const float *u, *b;
     float scale;
-    int64_t partner;
+    int64_t partner, pairs;
     void *packed;
 };
 
-/* dx[t][i] (+)= sum_o dy[t][o] W[o][i] */
+/* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: linear_packed_bytes() of dy */
 struct linear_back_args {
     int64_t n_tokens, n_in, n_out;
     const float *dy;
     const void *w;
     int64_t type;
     float *dx;
-    int64_t accumulate;
+    int64_t accumulate, pairs;
+    void *packed;
 };
 
 enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
@@ -55,7 +57,7 @@ enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a d
 /* Bytes of linear_args.packed: panels of at most 64 tokens, each with its columns and block sums. */
 static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
 {
-    return (n_tokens + 63) / 64 * 64 * (n_in + n_in / QUANT_BLOCK) * 4;
+    return (n_tokens + 63) / 64 * 64 * (n_in + n_in / QUANT_BLOCK + 1) * 4;
 }
 
 /* y[t][i] = w[i] x[t][i] r[t], r[t] = 1 / sqrt(mean_i x[t][i]^2 + eps)        RMSNorm, arXiv:1910.07467
@@ -232,6 +234,7 @@ typedef void (*adamw_fn)(const struct adamw_args *args);
 struct kernels {
     const char *isa;
     int64_t lanes; /* floats of a vector */
+    int64_t pairs; /* there is a pair product of bf16: 2, on matrix tiles; 1, on vectors; 0, none */
     decode_row_fn decode_row;
     encode_fn encode_bf16, encode_f16;
     find_invalid_fn find_invalid;
@@ -239,11 +242,11 @@ struct kernels {
     adamw_fn adamw;
     op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back;
     op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer;
-    op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_read;
+    op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_read;
 };
 
 /* dispatch.c: the variants of this build, best first. */
-enum { N_VARIANTS = 3 };
+enum { N_VARIANTS = 4 };
 struct variant {
     const struct kernels *table;
     const char *missing; /* NULL if the machine has all it needs, else the first feature it lacks */

@@ -20,6 +20,28 @@ static void FN(probe_fma)(const void *p, const struct worker *worker)
     a->sink[worker->index] = v_sum(sum);
 }
 
+/* The same of pair products, two products a lane. Without them, nothing. */
+static void FN(probe_pairs)(const void *p, const struct worker *worker)
+{
+#ifdef HAVE_PAIR_PRODUCT
+    const struct probe_args *a = p;
+    vf acc[PROBE_CHAINS];
+    vi x = _mm512_set1_epi32(0x3F803C00), y = _mm512_set1_epi32(0x3C003F80);
+    for (int i = 0; i < PROBE_CHAINS; i++)
+        acc[i] = v_set1((float)i);
+    for (int64_t l = 0; l < a->n; l++)
+#pragma GCC unroll 24
+        for (int i = 0; i < PROBE_CHAINS; i++)
+            acc[i] = v_pair_fma(x, y, acc[i]);
+    vf sum = v_zero();
+    for (int i = 0; i < PROBE_CHAINS; i++)
+        sum = v_add(sum, acc[i]);
+    a->sink[worker->index] = v_sum(sum);
+#else
+    (void)p, (void)worker;
+#endif
+}
+
 /* Reads n floats, split among the workers. */
 static void FN(probe_read)(const void *p, const struct worker *worker)
 {

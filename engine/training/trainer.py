@@ -1,4 +1,4 @@
-"""Forward and backward pass of a batch: the model's graph, its loss, the adapters' gradients."""
+"""Forward and backward pass of a batch: the model's graph, its loss, and the adapters' gradients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from engine import ops
 from engine.autograd import backward
-from engine.errors import DataError
+from engine.errors import DataError, OptionError
 from engine.graph import Graph
+from engine.kernels import has_pairs, prefers_pairs
 from engine.llama import AdapterTensors, Builder
 from engine.lora import Adapter
 from engine.model import Model
@@ -18,8 +19,99 @@ from engine.tensor import Tensor
 LOGIT_BYTES = 24 << 20
 
 
+def _in_pairs(compute: str, isa: str | None) -> bool:
+    if compute == "bf16" and not has_pairs(isa):
+        raise OptionError("--compute bf16: this machine has no bf16 products; use auto or f32")
+    return compute == "bf16" or (compute == "auto" and prefers_pairs(isa))
+
+
+class _Pass:
+    """A planned graph for batches of one size, with its inputs and losses.
+
+    Attributes
+    ----------
+    ids, targets : ndarray of shape (n_tokens,), int32
+    weight : ndarray of shape (1,), float32
+        Factor of the gradient of the losses' sum.
+    losses : list of Tensor
+        Rows' losses, a tensor a block of tokens.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        model: Model,
+        adapters: dict[str, AdapterTensors],
+        shape: tuple[int, int],
+        *,
+        gradients: bool,
+        checkpointing: bool,
+    ) -> None:
+        n_batch, n_ctx = shape
+        h = model.hparams
+        self.graph = graph
+        self.ids = np.zeros(n_batch * n_ctx, np.int32)
+        self.targets = np.zeros(n_batch * n_ctx, np.int32)
+        self.weight = np.zeros(1, np.float32)
+        self.losses: list[Tensor] = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ops.attention(graph, q, k, v, n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
+
+        builder = Builder(
+            graph,
+            h,
+            model.weights.by_name,
+            adapters,
+            self.ids,
+            np.tile(np.arange(n_ctx, dtype=np.int32), n_batch),
+            model.rope_tables(n_ctx),
+            attend,
+        )
+        hidden = builder.hidden()
+        forward = list(graph.nodes)
+        dhidden = self._head(builder, hidden, gradients)
+        if dhidden is not None:
+            backward(graph, forward, {hidden: dhidden}, checkpointing)
+        graph.plan()
+
+    def _head(self, builder: Builder, hidden: Tensor, gradients: bool) -> Tensor | None:
+        """Loss and gradient of blocks of tokens, each forward and backward at once.
+
+        So at most LOGIT_BYTES of logits stand in memory, and none is computed twice.
+        """
+        graph = self.graph
+        rows = max(1, min(hidden.rows, LOGIT_BYTES // (4 * builder.h.n_vocab)))
+        dhidden = None
+        if gradients and hidden.needs_grad:
+            dhidden = ops.zero(graph, "dhidden", hidden.rows, hidden.cols)
+        for first in range(0, hidden.rows, rows):
+            n = min(rows, hidden.rows - first)
+            part = hidden.view(first, n)
+            begin = len(graph.nodes)
+            logits = builder.logits(part)
+            nodes = graph.nodes[begin:]
+            targets = self.targets[first : first + n]
+            loss, dlogits = ops.cross_entropy(graph, logits, targets, self.weight)
+            self.losses.append(graph.keep(loss))
+            if gradients:
+                seeds = {logits: dlogits}
+                if dhidden is not None:
+                    seeds[part] = dhidden.view(first, n)
+                backward(graph, nodes, seeds)
+        return dhidden
+
+    def run(self, inputs: NDArray[np.int32], targets: NDArray[np.int32], weight: float) -> float:
+        """Run with these inputs; gives the sum of the losses."""
+        self.ids[:] = inputs.reshape(-1)
+        self.targets[:] = targets.reshape(-1)
+        self.weight[0] = weight
+        self.graph.run()
+        return sum(float(loss.numpy().sum(dtype=np.float64)) for loss in self.losses)
+
+
 class Trainer:
-    """One planned graph for batches of one size.
+    """Loss and gradient of batches of one size.
 
     Parameters
     ----------
@@ -31,8 +123,11 @@ class Trainer:
     checkpointing : bool
         Keep only each layer's input for the backward pass and compute the rest again.
     n_threads : int
-    compute : {"auto", "f32"}
-        Arithmetic of the products with frozen weights.
+    compute : {"auto", "f32", "bf16"}
+        Arithmetic of the products with frozen weights that are not F32: float32, bf16 with
+        float32 sums, or what is faster here.
+    isa : str, optional
+        Kernel variant.
 
     Attributes
     ----------
@@ -40,6 +135,11 @@ class Trainer:
         Laid out like `Adapter.flat`; `evaluate` adds to it.
     memory_bytes, input_bytes, work_bytes : int
         Planned: activations, the batch, and the threads' working space.
+
+    Raises
+    ------
+    OptionError
+        If bf16 is asked for and the kernel variant has no bf16 products.
     """
 
     def __init__(
@@ -55,38 +155,17 @@ class Trainer:
         isa: str | None = None,
     ) -> None:
         self.shape = (n_batch, n_ctx)
-        n_tokens = n_batch * n_ctx
         self.grad: NDArray[np.float32] = np.zeros_like(adapter.flat)
-        self._n_vocab = model.hparams.n_vocab
-        self._ids = np.zeros(n_tokens, np.int32)
-        self._targets = np.zeros(n_tokens, np.int32)
-        self._weight = np.zeros(1, np.float32)
-        graph = Graph(n_threads, isa)
-        h = model.hparams
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ops.attention(graph, q, k, v, n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
-
-        builder = Builder(
-            graph,
-            h,
-            model.weights.by_name,
-            self._parameters(adapter),
-            self._ids,
-            np.tile(np.arange(n_ctx, dtype=np.int32), n_batch),
-            model.rope_tables(n_ctx),
-            attend,
-        )
-        hidden = builder.hidden()
-        forward = list(graph.nodes)
-        self._losses, dhidden = self._head(builder, hidden)
-        if dhidden is not None:
-            backward(graph, forward, {hidden: dhidden}, checkpointing)
-        graph.plan()
-        self._graph = graph
-        self.memory_bytes = graph.arena_bytes
-        self.work_bytes = graph.scratch_bytes
-        self.input_bytes = 2 * self._ids.nbytes
+        self._model = model
+        self._n_threads = n_threads
+        self._isa = isa
+        self._pairs = _in_pairs(compute, isa)
+        self._tensors = self._parameters(adapter)
+        self._training = self._plan(gradients=True, checkpointing=checkpointing)
+        self._forward: _Pass | None = None
+        self.memory_bytes = self._training.graph.arena_bytes
+        self.work_bytes = self._training.graph.scratch_bytes
+        self.input_bytes = self._training.ids.nbytes + self._training.targets.nbytes
 
     def _parameters(self, adapter: Adapter) -> dict[str, AdapterTensors]:
         tensors = {}
@@ -103,31 +182,25 @@ class Trainer:
             tensors[name] = AdapterTensors(a, b, adapter.scale)
         return tensors
 
-    def _head(self, builder: Builder, hidden: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Loss and gradient of blocks of tokens, each forward and backward at once.
+    def _plan(self, *, gradients: bool, checkpointing: bool) -> _Pass:
+        graph = Graph(self._n_threads, self._isa)
+        graph.pairs = self._pairs
+        return _Pass(
+            graph,
+            self._model,
+            self._tensors,
+            self.shape,
+            gradients=gradients,
+            checkpointing=checkpointing,
+        )
 
-        So at most LOGIT_BYTES of logits stand in memory, and none is computed twice.
-        """
-        graph = builder.graph
-        rows = max(1, min(hidden.rows, LOGIT_BYTES // (4 * self._n_vocab)))
-        losses = []
-        dhidden = None
-        if hidden.needs_grad:
-            dhidden = ops.zero(graph, "dhidden", hidden.rows, hidden.cols)
-        for first in range(0, hidden.rows, rows):
-            n = min(rows, hidden.rows - first)
-            part = hidden.view(first, n)
-            begin = len(graph.nodes)
-            logits = builder.logits(part)
-            nodes = graph.nodes[begin:]
-            targets = self._targets[first : first + n]
-            loss, dlogits = ops.cross_entropy(graph, logits, targets, self._weight)
-            losses.append(graph.keep(loss))
-            seeds = {logits: dlogits}
-            if dhidden is not None:
-                seeds[part] = dhidden.view(first, n)
-            backward(graph, nodes, seeds)
-        return losses, dhidden
+    def _check(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        if inputs.shape != self.shape or targets.shape != self.shape:
+            raise DataError(f"a batch of {inputs.shape} is not one of {self.shape}")
+        n_vocab = self._model.hparams.n_vocab
+        low, high = min(inputs.min(), targets.min() + 1), max(inputs.max(), targets.max())
+        if low < 0 or high >= n_vocab:
+            raise DataError(f"a token of the batch is outside of the vocabulary of {n_vocab}")
 
     def evaluate(
         self, inputs: NDArray[np.int32], targets: NDArray[np.int32], weight: float = 1.0
@@ -145,15 +218,16 @@ class Trainer:
         DataError
             If the shapes are others or an id is not in the vocabulary.
         """
-        if inputs.shape != self.shape or targets.shape != self.shape:
-            raise DataError(f"a batch of {inputs.shape} is not one of {self.shape}")
-        low, high = min(inputs.min(), targets.min() + 1), max(inputs.max(), targets.max())
-        if low < 0 or high >= self._n_vocab:
-            raise DataError(f"a token of the batch is outside of the vocabulary of {self._n_vocab}")
-        self._ids[:] = inputs.reshape(-1)
-        self._targets[:] = targets.reshape(-1)
-        counted = max(1, int((self._targets >= 0).sum()))
-        self._weight[0] = weight / counted
-        self._graph.run()
-        total = sum(float(loss.numpy().sum(dtype=np.float64)) for loss in self._losses)
-        return total / counted
+        self._check(inputs, targets)
+        counted = max(1, int((targets >= 0).sum()))
+        return self._training.run(inputs, targets, weight / counted) / counted
+
+    def loss(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> tuple[float, int]:
+        """Sum of the losses of a batch and how many targets count in it; `grad` stays as it is.
+
+        Parameters and errors as in `evaluate`.
+        """
+        self._check(inputs, targets)
+        if self._forward is None:
+            self._forward = self._plan(gradients=False, checkpointing=False)
+        return self._forward.run(inputs, targets, 0.0), int((targets >= 0).sum())

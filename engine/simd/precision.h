@@ -1,0 +1,113 @@
+/* What tile.c and gemm.c need to know of a precision: PRECISION (f32 or bf16) chooses among the names below.
+ *
+ *     ELEM  element of a row that is broadcast          LANE   element of a panel's lane
+ *     STEP  elements of the reduction in one step
+ * PP(x) is x_precision, FP(x) is x_precision_variant. */
+
+#define PP(name) CAT(name, PRECISION)
+#define FP(name) CAT(CAT(name, PRECISION), VARIANT)
+#define ELEM PP(elem)
+#define LANE PP(lane)
+#define STEP PP(step)
+
+/* ------------------------------------------------------------------ f32 */
+
+typedef float elem_f32;
+typedef float lane_f32;
+typedef vf v_step_f32;
+enum {
+    step_f32 = 1,
+    chunk_rows_f32 = 192,  /* rows of W worked on at a time: a multiple of TILE_ROWS and of VL */
+    chunk_depth_f32 = 256, /* part of the reduction worked on at a time: whole blocks of every type */
+    back_depth_f32 = 192,  /* rows of W decoded at a time on the way back */
+};
+
+V_INLINE vf v_load_step_f32(const float *p) { return v_load(p); }
+V_INLINE vf v_broadcast_step_f32(const float *p) { return v_set1(*p); }
+V_INLINE vf v_fma_step_f32(vf a, vf b, vf c) { return v_fma(a, b, c); }
+
+V_INLINE int64_t matrix_rows_f32(
+    int64_t m, int64_t n, int64_t k, const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
+    int64_t c_stride, int accumulate)
+{
+    (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b, (void)b_stride, (void)c, (void)c_stride;
+    (void)accumulate;
+    return 0;
+}
+
+V_INLINE void matrix_begin_f32(void) {}
+V_INLINE void matrix_end_f32(void) {}
+
+/* n floats as elements of a row; in f32 they are those already, so x itself serves. */
+V_INLINE const float *as_row_f32(const float *x, int64_t n, float *buffer)
+{
+    (void)n, (void)buffer;
+    return x;
+}
+
+/* One step of a panel from `rows` rows (one) of n floats, n a multiple of VL. */
+V_INLINE void interleave_f32(const float *rows, int64_t stride, int64_t n, float *lanes)
+{
+    (void)stride;
+    memcpy(lanes, rows, (size_t)n * sizeof *lanes);
+}
+
+V_INLINE int stored_as_row_f32(int type, const void *w)
+{
+    return type == TYPE_F32 && (uintptr_t)w % sizeof(float) == 0;
+}
+
+/* ------------------------------------------------------------------ bf16 pairs */
+
+#ifdef HAVE_PAIR_PRODUCT
+typedef uint16_t elem_bf16;
+typedef uint32_t lane_bf16;
+typedef vi v_step_bf16;
+enum {
+    step_bf16 = 2,
+    chunk_rows_bf16 = 96, /* pairs are worth whole reductions: results leave the tile seldom */
+    chunk_depth_bf16 = 2048,
+    back_depth_bf16 = 1024,
+};
+
+V_INLINE vi v_load_step_bf16(const uint32_t *p) { return _mm512_loadu_si512(p); }
+V_INLINE vi v_broadcast_step_bf16(const uint16_t *p)
+{
+    int32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+V_INLINE vf v_fma_step_bf16(vi a, vi b, vf c) { return v_pair_fma(a, b, c); }
+
+#ifndef HAVE_MATRIX_TILES
+V_INLINE int64_t matrix_rows_bf16(
+    int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride,
+    float *c, int64_t c_stride, int accumulate)
+{
+    (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b, (void)b_stride, (void)c, (void)c_stride;
+    (void)accumulate;
+    return 0;
+}
+V_INLINE void matrix_begin_bf16(void) {}
+V_INLINE void matrix_end_bf16(void) {}
+#endif
+
+V_INLINE const uint16_t *as_row_bf16(const float *x, int64_t n, uint16_t *buffer)
+{
+    FN(encode_bf16)(x, n, buffer);
+    return buffer;
+}
+
+V_INLINE void interleave_bf16(const float *rows, int64_t stride, int64_t n, uint32_t *lanes)
+{
+    for (int64_t j = 0; j < n; j += VL) {
+        vi low = v_round_bf16(v_load(rows + j)), high = v_round_bf16(v_load(rows + stride + j));
+        _mm512_storeu_si512(lanes + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+V_INLINE int stored_as_row_bf16(int type, const void *w)
+{
+    return type == TYPE_BF16 && (uintptr_t)w % sizeof(uint16_t) == 0;
+}
+#endif

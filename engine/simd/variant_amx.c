@@ -1,0 +1,4 @@
+#define VARIANT amx
+#include "vec_amx.h"
+
+#include "families.h"
