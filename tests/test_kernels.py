@@ -13,7 +13,7 @@ from engine.errors import IsaError
 from engine.graph import Graph
 from tests.conftest import skip_or_fail
 
-VARIANTS = ("avx512bf16", "avx512", "avx2")  # best first
+VARIANTS = ("amx", "avx512bf16", "avx512", "avx2")  # best first
 
 
 def in_child(forced: str | None) -> subprocess.CompletedProcess[str]:

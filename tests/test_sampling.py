@@ -184,6 +184,7 @@ class Reference:
         u = min((low + high * 2.0**32) / 2.0**64, np.nextafter(1.0, 0.0))
         return int(np.searchsorted(partial, u, side="left"))
 
+    @np.errstate(over="ignore")  # an infinite k keeps everything, as in C
     def cut_by_zipf(self) -> None:
         p = self.c.p[:100]
         i = np.arange(p.size - 1)

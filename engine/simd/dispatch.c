@@ -83,7 +83,9 @@ static const char *first_missing(const struct feature *list, const unsigned word
 /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Linux 5.16. */
 static const char *ask_for_tiles(void)
 {
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system's permission to use tile registers";
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0
+        ? NULL
+        : "the system's permission to use tile registers";
 }
 
 void list_variants(struct variant out[N_VARIANTS])

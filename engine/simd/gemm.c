@@ -38,8 +38,8 @@ static void FP(pack_tokens)(const struct linear_args *a, const struct worker *wo
 
 /* Part k0 ... k0 + depth of the reduction of rows first ... first + n of W: in place where they are stored so,
  * else decoded into `buffer`. Offsets follow the codes. */
-static const ELEM *FP(weight_rows)(
-    const struct linear_args *a, int64_t first, int64_t n, int64_t k0, int64_t depth, ELEM *buffer, int64_t *stride)
+static const ELEM *FP(weight_rows)(const struct linear_args *a, int64_t first, int64_t n,
+    int64_t k0, int64_t depth, ELEM *buffer, int64_t *stride)
 {
     int type = (int)a->type;
     int64_t row_bytes = row_offset(type, a->n_in);
@@ -48,13 +48,15 @@ static const ELEM *FP(weight_rows)(
         *stride = a->n_in;
         return (const ELEM *)(const void *)w + k0;
     }
-    *stride = PP(chunk_depth) + 32; /* rows at a power of two would fall on one another in the first cache */
+    *stride = PP(chunk_depth) +
+        32; /* rows at a power of two would fall on one another in the first cache */
     float decoded[PP(chunk_depth)];
     for (int64_t i = 0; i < n; i++, w += row_bytes) {
         ELEM *row = buffer + i * *stride;
         float *y = STEP == 1 ? (float *)(void *)row : decoded;
         if (k0 >= a->n_in)
-            FN(decode_offsets)(type, (const uint8_t *)w + (k0 - a->n_in) * block_bytes(type), depth, y);
+            FN(decode_offsets)(
+                type, (const uint8_t *)w + (k0 - a->n_in) * block_bytes(type), depth, y);
         else if (reduction(a) > a->n_in)
             FN(decode_codes)(type, (const uint8_t *)w + row_offset(type, k0), depth, y);
         else
@@ -72,8 +74,8 @@ V_INLINE int64_t PP(next_depth)(const struct linear_args *a, int64_t k0)
 }
 
 /* Rows o ... o + rows of W times tokens t0 ... t1: results gather in `result`, panel by panel. */
-static void FP(chunk_product)(
-    const struct linear_args *a, int64_t o, int64_t rows, int64_t t0, int64_t t1, float *result, ELEM *buffer)
+static void FP(chunk_product)(const struct linear_args *a, int64_t o, int64_t rows, int64_t t0,
+    int64_t t1, float *result, ELEM *buffer)
 {
     int64_t stride, k = reduction(a), steps = (k + STEP - 1) / STEP;
     for (int64_t k0 = 0, depth; k0 < k; k0 += depth) {
@@ -83,7 +85,8 @@ static void FP(chunk_product)(
             int64_t lanes = panel_lanes(a->n_tokens, t);
             const LANE *panel = (const LANE *)a->packed + t * steps + k0 / STEP * lanes;
             float *c = result + (t - t0) * PP(chunk_rows);
-            FP(block_product)(rows, lanes, depth / STEP, w, stride, panel, lanes, c, TILE_LANES, k0 > 0);
+            FP(block_product)(
+                rows, lanes, depth / STEP, w, stride, panel, lanes, c, TILE_LANES, k0 > 0);
         }
     }
     for (int64_t t = t0; t < t1; t += TILE_LANES) {
@@ -100,7 +103,7 @@ static void FP(linear_gemm)(const struct linear_args *a, const struct worker *wo
     FP(pack_tokens)(a, worker);
     team_barrier(worker);
     int64_t begin, end;
-    worker_range(worker, a->n_out, TILE_ROWS, &begin, &end);
+    worker_range(worker, a->n_out, PP(row_grain), &begin, &end);
     float *result = (float *)(void *)worker->scratch;
     ELEM *buffer = (ELEM *)(result + PP(chunk_rows) * CHUNK_TOKENS);
     PP(matrix_begin)();
@@ -115,8 +118,8 @@ static void FP(linear_gemm)(const struct linear_args *a, const struct worker *wo
 }
 
 /* Columns first ... first + n of rows o ... o + rows of W, in panels of TILE_LANES columns: [panel][step][lane]. */
-static void FP(weight_panels)(
-    const struct linear_back_args *a, int64_t o, int64_t rows, int64_t first, int64_t n, LANE *panels)
+static void FP(weight_panels)(const struct linear_back_args *a, int64_t o, int64_t rows,
+    int64_t first, int64_t n, LANE *panels)
 {
     int type = (int)a->type;
     int64_t row_bytes = row_offset(type, a->n_in), steps = (rows + STEP - 1) / STEP;
@@ -139,14 +142,13 @@ static void FP(weight_panels)(
 }
 
 /* dx for one panel of columns and all tokens: into place when the lanes are whole, else by way of a buffer. */
-static void FP(back_panel)(
-    const struct linear_back_args *a, const ELEM *dy, int64_t stride, int64_t steps, const LANE *panel, int64_t col,
-    int64_t cols, int accumulate)
+static void FP(back_panel)(const struct linear_back_args *a, const ELEM *dy, int64_t stride,
+    int64_t steps, const LANE *panel, int64_t col, int64_t cols, int accumulate)
 {
     enum { TOKENS = 16 };
     if (cols % VL == 0) {
-        FP(block_product)(
-            a->n_tokens, cols, steps, dy, stride, panel, TILE_LANES, a->dx + col, a->n_in, accumulate);
+        FP(block_product)(a->n_tokens, cols, steps, dy, stride, panel, TILE_LANES, a->dx + col,
+            a->n_in, accumulate);
         return;
     }
     float edge[TOKENS * TILE_LANES];
@@ -155,8 +157,8 @@ static void FP(back_panel)(
         float *dx = a->dx + t * a->n_in + col;
         for (int64_t i = 0; accumulate && i < tokens; i++)
             memcpy(edge + i * TILE_LANES, dx + i * a->n_in, (size_t)cols * sizeof *dx);
-        FP(block_product)(
-            tokens, cols, steps, dy + t * stride, stride, panel, TILE_LANES, edge, TILE_LANES, accumulate);
+        FP(block_product)(tokens, cols, steps, dy + t * stride, stride, panel, TILE_LANES, edge,
+            TILE_LANES, accumulate);
         for (int64_t i = 0; i < tokens; i++)
             memcpy(dx + i * a->n_in, edge + i * TILE_LANES, (size_t)cols * sizeof *dx);
     }
@@ -197,8 +199,8 @@ static void FP(linear_back_gemm)(const struct linear_back_args *a, const struct 
             FP(weight_panels)(a, o, rows, col, cols, panels);
             for (int64_t j = 0; j < cols; j += TILE_LANES) {
                 int64_t width = cols - j < TILE_LANES ? cols - j : TILE_LANES;
-                FP(back_panel)(
-                    a, dy + o, stride, steps, panels + j * steps, col + j, width, o > 0 || a->accumulate);
+                FP(back_panel)(a, dy + o, stride, steps, panels + j * steps, col + j, width,
+                    o > 0 || a->accumulate);
             }
         }
     }

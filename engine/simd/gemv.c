@@ -24,7 +24,8 @@ V_INLINE float quant_dot(int type, const uint8_t *w, int64_t n, struct q8_row x)
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half))) + offset;
 }
 
-V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_row *x, int64_t begin, int64_t end)
+V_INLINE void quant_rows(
+    int type, const struct linear_args *a, const struct q8_row *x, int64_t begin, int64_t end)
 {
     int64_t row_bytes = row_offset(type, a->n_in);
     for (int64_t o = begin; o < end; o++) {
@@ -35,7 +36,8 @@ V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_
 }
 
 /* Float activations: rows are decoded one by one. */
-static void FN(linear_decoded)(const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
+static void FN(linear_decoded)(
+    const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
     float *row = (float *)(void *)scratch;
     int64_t row_bytes = row_offset((int)a->type, a->n_in);
@@ -52,7 +54,8 @@ static void FN(linear_quant)(const struct linear_args *a, char *scratch, int64_t
     int64_t blocks = a->n_in / QUANT_BLOCK;
     for (int64_t t = 0; t < a->n_tokens; t++) {
         char *p = scratch + t * (a->n_in + 8 * blocks);
-        x[t] = (struct q8_row){(int8_t *)p + 8 * blocks, (float *)(void *)p, (float *)(void *)p + blocks};
+        x[t] = (struct q8_row){
+            (int8_t *)p + 8 * blocks, (float *)(void *)p, (float *)(void *)p + blocks};
         FN(quantize_q8)(a->x + t * a->n_in, a->n_in, has_offset((int)a->type), x[t]);
     }
     switch (a->type) {

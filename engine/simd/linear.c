@@ -4,7 +4,8 @@
 enum {
     TILE_LANES = TILE_VECS * VL,
     CHUNK_TOKENS = 512, /* tokens worked on at a time: whole panels */
-    BACK_COLUMNS = 256, /* columns of W decoded at a time on the way back: whole blocks of every type */
+    BACK_COLUMNS =
+        256, /* columns of W decoded at a time on the way back: whole blocks of every type */
 };
 
 /* Distance of the rows of the panel that begins with token `first`. */
@@ -20,13 +21,17 @@ V_INLINE int64_t reduction(const struct linear_args *a)
     return a->partner && has_offset((int)a->type) ? a->n_in + a->n_in / QUANT_BLOCK : a->n_in;
 }
 
-V_INLINE int rounds(const struct linear_args *a) { return a->partner && block_elements((int)a->type) > 1; }
+V_INLINE int rounds(const struct linear_args *a)
+{
+    return a->partner && block_elements((int)a->type) > 1;
+}
 
 /* One activation row as the tile takes it: code times scale, then the block sums if they are asked for. */
 static void FN(round_row)(const struct linear_args *a, const float *x, float *y, char *scratch)
 {
     int64_t blocks = a->n_in / QUANT_BLOCK;
-    struct q8_row row = {(int8_t *)scratch + 8 * blocks, (float *)(void *)scratch, (float *)(void *)scratch + blocks};
+    struct q8_row row = {(int8_t *)scratch + 8 * blocks, (float *)(void *)scratch,
+        (float *)(void *)scratch + blocks};
     FN(quantize_q8)(x, a->n_in, 1, row);
     for (int64_t i = 0; i < a->n_in; i += VL)
         v_store(y + i, v_mul(v_from_i8(row.q + i), v_set1(row.scale[i / QUANT_BLOCK])));
@@ -35,7 +40,8 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
 }
 
 /* y[t][first + o] += scale sum_r u[t][r] b[r][first + o] for o < n, tokens t0 ... t1. */
-static void FN(add_lora)(const struct linear_args *a, int64_t t0, int64_t t1, int64_t first, int64_t n)
+static void FN(add_lora)(
+    const struct linear_args *a, int64_t t0, int64_t t1, int64_t first, int64_t n)
 {
     for (int64_t t = t0; t < t1; t++) {
         float *y = a->y + t * a->n_out + first;
@@ -50,4 +56,3 @@ static void FN(add_lora)(const struct linear_args *a, int64_t t0, int64_t t1, in
         }
     }
 }
-

@@ -35,29 +35,61 @@ static void FN(lora_up)(const void *p, const struct worker *worker)
     }
 }
 
-/* Columns are split; a column's sum runs over the tokens in order. RANKS rows of g share a load of x. */
+enum { OUTER_RANKS = 4, OUTER_VECS = 4 };
+
+/* Columns i ... i + vecs VL of `ranks` rows of g: a load of x serves them all, and a column's sum runs over the
+ * tokens in order. Called with constants, so that the sums stay in registers. */
+V_INLINE void outer_block(const struct lora_outer_args *a, const int ranks, const int vecs,
+    int64_t first, int64_t i, int64_t lanes)
+{
+    vf sum[OUTER_RANKS][OUTER_VECS], scale = v_set1(a->scale);
+#pragma GCC unroll 4
+    for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vecs; j++)
+            sum[r][j] = v_zero();
+    for (int64_t t = 0; t < a->n_tokens; t++) {
+        const float *x = a->x + t * a->n_cols + i, *u = a->u + t * a->rank + first;
+        vf row[OUTER_VECS];
+#pragma GCC unroll 4
+        for (int j = 0; j < vecs; j++)
+            row[j] = vecs == 1 ? v_load_n(x, lanes) : v_load(x + j * VL);
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < vecs; j++)
+                sum[r][j] = v_fma(v_set1(u[r]), row[j], sum[r][j]);
+    }
+    for (int r = 0; r < ranks; r++)
+        for (int j = 0; j < vecs; j++) {
+            float *g = a->g + (first + r) * a->n_cols + i + j * VL;
+            int64_t n = vecs == 1 ? lanes : VL;
+            v_store_n(g, v_fma(scale, sum[r][j], v_load_n(g, n)), n);
+        }
+}
+
 static void FN(lora_outer)(const void *p, const struct worker *worker)
 {
-    enum { RANKS = 4, VECS = 4 };
     const struct lora_outer_args *a = p;
-    int64_t begin, end;
-    worker_range(worker, a->n_cols, VECS * VL, &begin, &end);
-    for (int64_t first = 0; first < a->rank; first += RANKS) {
-        int64_t ranks = a->rank - first < RANKS ? a->rank - first : RANKS;
-        for (int64_t i = begin; i < end; i += VL) {
-            int64_t lanes = end - i < VL ? end - i : VL;
-            vf sum[RANKS] = {v_zero(), v_zero(), v_zero(), v_zero()};
-            for (int64_t t = 0; t < a->n_tokens; t++) {
-                vf x = v_load_n(a->x + t * a->n_cols + i, lanes);
-                const float *u = a->u + t * a->rank + first;
-                for (int64_t r = 0; r < ranks; r++)
-                    sum[r] = v_fma(v_set1(u[r]), x, sum[r]);
-            }
-            for (int64_t r = 0; r < ranks; r++) {
-                float *g = a->g + (first + r) * a->n_cols + i;
-                v_store_n(g, v_fma(v_set1(a->scale), sum[r], v_load_n(g, lanes)), lanes);
-            }
+    int64_t begin, end, wide = OUTER_VECS * VL;
+    worker_range(worker, a->n_cols, wide, &begin, &end);
+    for (int64_t r = 0; r < a->rank;) {
+        int ranks = a->rank - r >= OUTER_RANKS ? OUTER_RANKS : 1;
+        int64_t i = begin;
+        for (; i + wide <= end; i += wide) {
+            if (ranks == OUTER_RANKS)
+                outer_block(a, OUTER_RANKS, OUTER_VECS, r, i, VL);
+            else
+                outer_block(a, 1, OUTER_VECS, r, i, VL);
         }
+        for (; i < end; i += VL) {
+            int64_t lanes = end - i < VL ? end - i : VL;
+            if (ranks == OUTER_RANKS)
+                outer_block(a, OUTER_RANKS, 1, r, i, lanes);
+            else
+                outer_block(a, 1, 1, r, i, lanes);
+        }
+        r += ranks;
     }
 }
 

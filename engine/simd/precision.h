@@ -17,20 +17,23 @@ typedef float lane_f32;
 typedef vf v_step_f32;
 enum {
     step_f32 = 1,
-    chunk_rows_f32 = 192,  /* rows of W worked on at a time: a multiple of TILE_ROWS and of VL */
-    chunk_depth_f32 = 256, /* part of the reduction worked on at a time: whole blocks of every type */
-    back_depth_f32 = 192,  /* rows of W decoded at a time on the way back */
+    row_grain_f32 =
+        TILE_ROWS, /* workers split the rows of W so that each row meets the same kind of tile */
+    chunk_rows_f32 = 192, /* rows of W worked on at a time: a multiple of TILE_ROWS and of VL */
+    chunk_depth_f32 =
+        256, /* part of the reduction worked on at a time: whole blocks of every type */
+    back_depth_f32 = 192, /* rows of W decoded at a time on the way back */
 };
 
 V_INLINE vf v_load_step_f32(const float *p) { return v_load(p); }
 V_INLINE vf v_broadcast_step_f32(const float *p) { return v_set1(*p); }
 V_INLINE vf v_fma_step_f32(vf a, vf b, vf c) { return v_fma(a, b, c); }
 
-V_INLINE int64_t matrix_rows_f32(
-    int64_t m, int64_t n, int64_t k, const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
-    int64_t c_stride, int accumulate)
+V_INLINE int64_t matrix_rows_f32(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_stride,
+    const float *b, int64_t b_stride, float *c, int64_t c_stride, int accumulate)
 {
-    (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b, (void)b_stride, (void)c, (void)c_stride;
+    (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b, (void)b_stride, (void)c,
+        (void)c_stride;
     (void)accumulate;
     return 0;
 }
@@ -65,6 +68,11 @@ typedef uint32_t lane_bf16;
 typedef vi v_step_bf16;
 enum {
     step_bf16 = 2,
+#ifdef HAVE_MATRIX_TILES
+    row_grain_bf16 = MATRIX_ROWS,
+#else
+    row_grain_bf16 = TILE_ROWS,
+#endif
     chunk_rows_bf16 = 96, /* pairs are worth whole reductions: results leave the tile seldom */
     chunk_depth_bf16 = 2048,
     back_depth_bf16 = 1024,
@@ -80,11 +88,12 @@ V_INLINE vi v_broadcast_step_bf16(const uint16_t *p)
 V_INLINE vf v_fma_step_bf16(vi a, vi b, vf c) { return v_pair_fma(a, b, c); }
 
 #ifndef HAVE_MATRIX_TILES
-V_INLINE int64_t matrix_rows_bf16(
-    int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride,
-    float *c, int64_t c_stride, int accumulate)
+V_INLINE int64_t matrix_rows_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a,
+    int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c, int64_t c_stride,
+    int accumulate)
 {
-    (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b, (void)b_stride, (void)c, (void)c_stride;
+    (void)m, (void)n, (void)k, (void)a, (void)a_stride, (void)b, (void)b_stride, (void)c,
+        (void)c_stride;
     (void)accumulate;
     return 0;
 }

@@ -8,13 +8,11 @@
  * tile's size nor a split of k (continued from c) changes a bit.
  * Bound: m nv steps of arithmetic, m broadcasts and nv loads for each l. */
 
-typedef void (*FP(tile_fn))(
-    int64_t k, const ELEM *a, int64_t a_stride, const LANE *b, int64_t b_stride, float *c, int64_t c_stride,
-    int accumulate);
+typedef void (*FP(tile_fn))(int64_t k, const ELEM *a, int64_t a_stride, const LANE *b,
+    int64_t b_stride, float *c, int64_t c_stride, int accumulate);
 
-V_INLINE void PP(tile_body)(
-    const int m, const int nv, int64_t k, const ELEM *a, int64_t a_stride, const LANE *b, int64_t b_stride, float *c,
-    int64_t c_stride, int accumulate)
+V_INLINE void PP(tile_body)(const int m, const int nv, int64_t k, const ELEM *a, int64_t a_stride,
+    const LANE *b, int64_t b_stride, float *c, int64_t c_stride, int accumulate)
 {
     vf acc[TILE_ROWS][TILE_VECS];
 #pragma GCC unroll 8
@@ -42,26 +40,24 @@ V_INLINE void PP(tile_body)(
             v_store(c + i * c_stride + j * VL, acc[i][j]);
 }
 
-#define TILE(m, nv)                                                                                          \
-    static void FP(tile_##m##x##nv)(                                                                         \
-        int64_t k, const ELEM *a, int64_t a_stride, const LANE *b, int64_t b_stride, float *c,                \
-        int64_t c_stride, int accumulate)                                                                    \
-    {                                                                                                        \
-        PP(tile_body)(m, nv, k, a, a_stride, b, b_stride, c, c_stride, accumulate);                          \
+#define TILE(m, nv)                                                                                \
+    static void FP(tile_##m##x##nv)(int64_t k, const ELEM *a, int64_t a_stride, const LANE *b,     \
+        int64_t b_stride, float *c, int64_t c_stride, int accumulate)                              \
+    {                                                                                              \
+        PP(tile_body)(m, nv, k, a, a_stride, b, b_stride, c, c_stride, accumulate);                \
     }
 #define TILE_COLUMN(nv) TILE(1, nv) TILE(2, nv) TILE(3, nv) TILE(4, nv) TILE(5, nv) TILE(6, nv)
-#define TILE_NAMES(nv)                                                                                       \
-    {                                                                                                        \
-        FP(tile_1x##nv), FP(tile_2x##nv), FP(tile_3x##nv), FP(tile_4x##nv), FP(tile_5x##nv), FP(tile_6x##nv) \
-    }
+#define TILE_NAMES(nv)                                                                             \
+    {FP(tile_1x##nv), FP(tile_2x##nv), FP(tile_3x##nv), FP(tile_4x##nv), FP(tile_5x##nv),          \
+        FP(tile_6x##nv)}
 
 TILE_COLUMN(1)
 TILE_COLUMN(2)
 #ifdef __AVX512F__
 TILE_COLUMN(3)
 TILE_COLUMN(4)
-static const FP(tile_fn) FP(tiles)[TILE_VECS][TILE_ROWS] = {
-    TILE_NAMES(1), TILE_NAMES(2), TILE_NAMES(3), TILE_NAMES(4)};
+static const FP(tile_fn)
+    FP(tiles)[TILE_VECS][TILE_ROWS] = {TILE_NAMES(1), TILE_NAMES(2), TILE_NAMES(3), TILE_NAMES(4)};
 #else
 static const FP(tile_fn) FP(tiles)[TILE_VECS][TILE_ROWS] = {TILE_NAMES(1), TILE_NAMES(2)};
 #endif
@@ -71,17 +67,17 @@ static const FP(tile_fn) FP(tiles)[TILE_VECS][TILE_ROWS] = {TILE_NAMES(1), TILE_
 
 /* The same for any m and n; rows of b and c must be readable and writable up to a multiple of VL. Matrix tiles
  * take as many rows as they can, where there are any. */
-static void FP(block_product)(
-    int64_t m, int64_t n, int64_t k, const ELEM *a, int64_t a_stride, const LANE *b, int64_t b_stride, float *c,
-    int64_t c_stride, int accumulate)
+static void FP(block_product)(int64_t m, int64_t n, int64_t k, const ELEM *a, int64_t a_stride,
+    const LANE *b, int64_t b_stride, float *c, int64_t c_stride, int accumulate)
 {
     int64_t done = PP(matrix_rows)(m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate);
     for (int64_t j = 0; j < n; j += TILE_LANES) {
         int64_t vecs = n - j < TILE_LANES ? (n - j + VL - 1) / VL : TILE_VECS;
         for (int64_t i = done; i < m; i += TILE_ROWS) {
             int64_t rows = m - i < TILE_ROWS ? m - i : TILE_ROWS;
-            FP(tiles)[vecs - 1][rows - 1](
-                k, a + i * a_stride, a_stride, b + j, b_stride, c + i * c_stride + j, c_stride, accumulate);
+            FP(tile_fn) tile = FP(tiles)[vecs - 1][rows - 1];
+            tile(k, a + i * a_stride, a_stride, b + j, b_stride, c + i * c_stride + j, c_stride,
+                accumulate);
         }
     }
 }

@@ -26,47 +26,46 @@ V_INLINE void matrix_begin_bf16(void)
 V_INLINE void matrix_end_bf16(void) { __asm__ volatile("tilerelease"); }
 
 /* c (+)= a b for 32 or 16 rows and 32 or 16 lanes: every loaded tile is used twice where both are 32. */
-#define MATRIX_BLOCK(name, TWO_ROWS, TWO_LANES)                                                              \
-    V_INLINE void name(                                                                                      \
-        int64_t k, const uint16_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c,       \
-        int64_t c_stride, int accumulate)                                                                    \
-    {                                                                                                        \
-        const int64_t down = MATRIX_ROWS * c_stride;                                                         \
-        _tile_zero(0);                                                                                       \
-        _tile_zero(1);                                                                                       \
-        _tile_zero(2);                                                                                       \
-        _tile_zero(3);                                                                                       \
-        if (accumulate) {                                                                                    \
-            _tile_loadd(0, c, c_stride * 4);                                                                 \
-            if (TWO_LANES)                                                                                   \
-                _tile_loadd(1, c + 16, c_stride * 4);                                                        \
-            if (TWO_ROWS)                                                                                    \
-                _tile_loadd(2, c + down, c_stride * 4);                                                      \
-            if (TWO_ROWS && TWO_LANES)                                                                       \
-                _tile_loadd(3, c + down + 16, c_stride * 4);                                                 \
-        }                                                                                                    \
-        for (int64_t l = 0; l < k; l += MATRIX_STEPS) {                                                      \
-            _tile_loadd(4, a + 2 * l, a_stride * 2);                                                         \
-            _tile_loadd(6, b + l * b_stride, b_stride * 4);                                                  \
-            _tile_dpbf16ps(0, 4, 6);                                                                         \
-            if (TWO_LANES) {                                                                                 \
-                _tile_loadd(7, b + l * b_stride + 16, b_stride * 4);                                         \
-                _tile_dpbf16ps(1, 4, 7);                                                                     \
-            }                                                                                                \
-            if (TWO_ROWS) {                                                                                  \
-                _tile_loadd(5, a + 2 * l + MATRIX_ROWS * a_stride, a_stride * 2);                            \
-                _tile_dpbf16ps(2, 5, 6);                                                                     \
-                if (TWO_LANES)                                                                               \
-                    _tile_dpbf16ps(3, 5, 7);                                                                 \
-            }                                                                                                \
-        }                                                                                                    \
-        _tile_stored(0, c, c_stride * 4);                                                                    \
-        if (TWO_LANES)                                                                                       \
-            _tile_stored(1, c + 16, c_stride * 4);                                                           \
-        if (TWO_ROWS)                                                                                        \
-            _tile_stored(2, c + down, c_stride * 4);                                                         \
-        if (TWO_ROWS && TWO_LANES)                                                                           \
-            _tile_stored(3, c + down + 16, c_stride * 4);                                                    \
+#define MATRIX_BLOCK(name, TWO_ROWS, TWO_LANES)                                                    \
+    V_INLINE void name(int64_t k, const uint16_t *a, int64_t a_stride, const uint32_t *b,          \
+        int64_t b_stride, float *c, int64_t c_stride, int accumulate)                              \
+    {                                                                                              \
+        const int64_t down = MATRIX_ROWS * c_stride;                                               \
+        _tile_zero(0);                                                                             \
+        _tile_zero(1);                                                                             \
+        _tile_zero(2);                                                                             \
+        _tile_zero(3);                                                                             \
+        if (accumulate) {                                                                          \
+            _tile_loadd(0, c, c_stride * 4);                                                       \
+            if (TWO_LANES)                                                                         \
+                _tile_loadd(1, c + 16, c_stride * 4);                                              \
+            if (TWO_ROWS)                                                                          \
+                _tile_loadd(2, c + down, c_stride * 4);                                            \
+            if (TWO_ROWS && TWO_LANES)                                                             \
+                _tile_loadd(3, c + down + 16, c_stride * 4);                                       \
+        }                                                                                          \
+        for (int64_t l = 0; l < k; l += MATRIX_STEPS) {                                            \
+            _tile_loadd(4, a + 2 * l, a_stride * 2);                                               \
+            _tile_loadd(6, b + l * b_stride, b_stride * 4);                                        \
+            _tile_dpbf16ps(0, 4, 6);                                                               \
+            if (TWO_LANES) {                                                                       \
+                _tile_loadd(7, b + l * b_stride + 16, b_stride * 4);                               \
+                _tile_dpbf16ps(1, 4, 7);                                                           \
+            }                                                                                      \
+            if (TWO_ROWS) {                                                                        \
+                _tile_loadd(5, a + 2 * l + MATRIX_ROWS * a_stride, a_stride * 2);                  \
+                _tile_dpbf16ps(2, 5, 6);                                                           \
+                if (TWO_LANES)                                                                     \
+                    _tile_dpbf16ps(3, 5, 7);                                                       \
+            }                                                                                      \
+        }                                                                                          \
+        _tile_stored(0, c, c_stride * 4);                                                          \
+        if (TWO_LANES)                                                                             \
+            _tile_stored(1, c + 16, c_stride * 4);                                                 \
+        if (TWO_ROWS)                                                                              \
+            _tile_stored(2, c + down, c_stride * 4);                                               \
+        if (TWO_ROWS && TWO_LANES)                                                                 \
+            _tile_stored(3, c + down + 16, c_stride * 4);                                          \
     }
 
 MATRIX_BLOCK(matrix_32x32, 1, 1)
@@ -77,9 +76,9 @@ MATRIX_BLOCK(matrix_16x16, 0, 0)
 
 /* As many rows of c (+)= a b as fill tiles; returns how many. n: a multiple of 16 lanes. Reductions that are no
  * whole tiles are left to the register tile. */
-V_INLINE int64_t matrix_rows_bf16(
-    int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride,
-    float *c, int64_t c_stride, int accumulate)
+V_INLINE int64_t matrix_rows_bf16(int64_t m, int64_t n, int64_t k, const uint16_t *a,
+    int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c, int64_t c_stride,
+    int accumulate)
 {
     if (k % MATRIX_STEPS)
         return 0;
