@@ -17,6 +17,7 @@ show() {
     done
     printf '\n'
     "$@"
+    printf '\n'
 }
 
 step "Making the virtual environment .demo/venv"
@@ -36,7 +37,7 @@ show finetune --model-base smollm2 --train-data demo/captain.txt --checkpoint-in
     --save-every 50 --adam-iter 100 --adam-alpha 0.0025 --warmup 5 --cos-decay-steps 200 \
     --batch 4 --ctx 64 --seed 1
 
-prompt="The best way to"
+prompt="My sister lives in Paris."
 adapter=.demo/captain-LATEST.bin
 
 step "The model as it was"
@@ -49,5 +50,5 @@ step "The model with half of the adapter"
 show main -m smollm2 -p "$prompt" -n 60 --temp 0 --log-disable --lora-scaled "$adapter" 0.5
 
 step "Next"
-echo "Ask something else:  .demo/venv/bin/main -m smollm2 -p 'To bake a pie,' -n 60 --lora $adapter"
+echo "Ask something else:  .demo/venv/bin/main -m smollm2 -p 'To bake a pie,' -n 60 --temp 0 --lora $adapter"
 echo "Your text and model: .demo/venv/bin/finetune --model-base MODEL.gguf --train-data YOURS.txt"

@@ -30,7 +30,7 @@ clean_build() {
 
 compiled_modules_match_their_stubs() {
     python setup.py --quiet build_clib build_ext --inplace &&
-        stubtest engine --concise --ignore-disjoint-bases --allowlist tests/stubtest_allowlist.txt
+        PYTHONPATH=$PWD stubtest engine --concise --ignore-disjoint-bases --allowlist tests/stubtest_allowlist.txt
 }
 
 check ruff ruff check

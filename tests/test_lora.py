@@ -180,7 +180,7 @@ HOSTILE = {
     "other half": (bin_file(WHOLE[1]), "tensor output.weight.loraA is missing"),
     "ranks": (
         bin_file(WHOLE[0], tensor(b"output.weight.loraB", B.reshape(2, 4))),
-        "tensor output: loraA has rank 2, loraB 4",
+        "tensor output: A has rank 2, B 4",
     ),
 }
 

@@ -5,47 +5,35 @@ Progress goes to standard output, a line at a time; remarks and errors go to sta
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import OptionError
-from engine.escapes import resolve_escapes
+from engine.errors import EngineError, OptionError
 from engine.locate import locate_model
 
 from . import finetune_options
-from .console import (
-    CLOSED_OUTPUT,
-    GPU_WARNINGS,
-    INTERRUPTED,
-    discard_output,
-    note,
-    run_command,
-    say,
-    usable_cores,
-)
+from .console import CLOSED_OUTPUT, GPU_WARNINGS, note, run_command, usable_cores
+from .finetune_data import Data
+from .finetune_files import Outputs, Saver
+from .finetune_lines import Lines
 from .finetune_options import FinetuneOptions
+from .finetune_train import Training
 from .options import Parsed
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
     from engine.lora import Adapter
     from engine.model import Model
-    from engine.training.checkpoint import Checkpoint, TrainingState
-    from engine.training.data import Batches, Samples
-    from engine.training.loop import Run, RunOptions, RunResult
-    from engine.training.optimizer import AdamW
-    from engine.training.report import IterationReport
-    from engine.training.schedule import Schedule
+    from engine.training.checkpoint import Checkpoint
+    from engine.training.data import Batches
+    from engine.training.state import TrainingState
     from engine.training.trainer import Trainer
+
+# Below this factor on what an adapter adds, learning crawls.
+_SMALL_SCALE = 0.25
 
 # The names under which ranks are listed, and the tensors they are of.
 _LISTED_RANKS = (
@@ -75,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0; 1 for bad input; 130 when interrupted; 141 when standard output is closed.
+        Exit status: 0; 1 for bad input; 2 when nothing was learnt; 130 when interrupted; 141 when
+        standard output is closed.
     """
     given = sys.argv[1:] if arguments is None else arguments
     return run_command(finetune_options.TABLE, lambda: _run(given))
@@ -98,109 +87,43 @@ def _warn(options: FinetuneOptions, parsed: Parsed) -> None:
             note(line.format(option="--n-gpu-layers"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Outputs:
-    """Names of the files that a run writes; an empty pattern writes none."""
-
-    checkpoint: str
-    adapter: str
-    placeholder: str
-    latest: str
-
-    def names(self, pattern: str, iteration: int) -> list[str]:
-        """Name the copy of an iteration and the latest copy."""
-        from engine.training.report import output_name
-
-        if not pattern:
-            return []
-        values = (iteration, self.latest)
-        return [output_name(pattern, self.placeholder, value) for value in values]
-
-    def check(self, iteration: int, inputs: Sequence[str]) -> None:
-        """Refuse names that cannot be written, or that are files still needed.
-
-        Raises
-        ------
-        OptionError
-            Names the option and the file.
-        """
-        taken = {os.path.realpath(name): name for name in inputs if name}
-        for option, pattern in (
-            ("--checkpoint-out", self.checkpoint),
-            ("--lora-out", self.adapter),
-        ):
-            names = self.names(pattern, iteration)
-            for name in names:
-                if os.path.realpath(name) in taken:
-                    raise OptionError(f"{option}: {name}: would overwrite a file that is in use")
-                _check_writable(option, name)
-            taken |= {os.path.realpath(name): name for name in names}
-
-
-def _check_writable(option: str, name: str) -> None:
-    target = os.path.realpath(name)
-    if os.path.isdir(target):
-        raise OptionError(f"{option}: {name}: cannot be written: it is a folder")
-    try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(target)):
-            pass
-    except OSError as error:
-        raise OptionError(f"{option}: {name}: cannot be written: {error.strerror}") from None
-
-
 class _Job:
-    """One run: load, tell, train, save."""
+    """One run: load, tell, then write, try or train."""
 
     def __init__(self, options: FinetuneOptions) -> None:
         self.options = options
         clock = options.seed == finetune_options.CLOCK_SEED
         self.seed = int(time.time()) if clock else options.seed
-        self.outputs = _Outputs(
-            "" if options.only_write_lora else options.checkpoint_out,
-            options.lora_out,
-            options.pattern_fn_it,
-            options.fn_latest,
-        )
-        self.stop = threading.Event()
-        self.output_closed = False
+        self.outputs = Outputs.of(options)
+        self.lines = Lines()
 
     def run(self) -> int:
-        from engine.training.data import read_training_text
-
-        options = self.options
+        options, lines = self.options, self.lines
         # Cheap refusals come before the model is loaded.
-        text = b"" if options.only_write_lora else read_training_text(options.train_data)
+        data = None if options.only_write_lora else Data(options, lines)
         if not options.model_base:
             raise OptionError("--model-base: give the base model")
         path = locate_model(options.model_base)
-        self.say(f"main: seed: {self.seed}")
-        self.say(f"main: model base = '{options.model_base}'")
+        if options.plot:
+            from engine.training.log import LossCurves
+
+            LossCurves(options.plot)
+        lines.say(f"main: seed: {self.seed}")
+        lines.say(f"main: model base = '{options.model_base}'")
         model = self._load_model(path)
-        self.say("main: init model")
+        lines.say("main: init model")
         checkpoint = self._read_checkpoint(model)
-        adapter = self._adapter(model, checkpoint)
-        state = self._state(adapter, checkpoint)
         n_ctx = self._context_length(checkpoint)
-        self._check_outputs(model, state)
+        adapter = self._adapter(model, checkpoint, n_ctx)
+        state = self._state(adapter, checkpoint)
+        self._check_outputs(model, adapter, state, data)
         self._tell_sizes(model, adapter, state, n_ctx)
-        if options.only_write_lora:
-            self._save_adapter(adapter, state.opt_iteration)
-            return self._status()
-        return self._train(model, adapter, state, n_ctx, text)
-
-    def say(self, line: str) -> None:
-        """Print a line; once nobody listens any more the run is brought to its end."""
-        if self.output_closed:
-            return
-        try:
-            say(line)
-        except BrokenPipeError:
-            discard_output()
-            self.output_closed = True
-            self.stop.set()
-
-    def _status(self) -> int:
-        return CLOSED_OUTPUT if self.output_closed else 0
+        saver = Saver(self.outputs, model, adapter, state, n_ctx, lines.say, lines.note)
+        if data is None:
+            for name in self.outputs.names(self.outputs.adapter, state.opt_iteration):
+                saver.write_adapter(name)
+            return CLOSED_OUTPUT if lines.closed else 0
+        return self._train(model, adapter, state, n_ctx, data, saver)
 
     # What is loaded
 
@@ -243,20 +166,35 @@ class _Job:
             note(f"warning: {warning}")
         return checkpoint
 
-    def _adapter(self, model: Model, checkpoint: Checkpoint | None) -> Adapter:
+    def _adapter(self, model: Model, checkpoint: Checkpoint | None, n_ctx: int) -> Adapter:
         from engine.lora import create_adapter
 
         options = self.options
         if checkpoint is None:
             alpha = options.lora_r if options.lora_alpha is None else options.lora_alpha
             shapes = model.adapter_shapes(options.ranks())
-            adapter = create_adapter(shapes, options.lora_r, alpha, self.seed)
+            self._check_least_memory(model, n_ctx, sum(r * (n + m) for _, n, m, r in shapes))
+            adapter = create_adapter(
+                shapes, options.lora_r, alpha, self.seed, rslora=options.rslora
+            )
         else:
             adapter = checkpoint.adapter
+            self._check_least_memory(model, n_ctx, adapter.flat.size)
             adapter.r, adapter.alpha = self._resumed_header(checkpoint)
+            adapter.rslora = adapter.rslora or options.rslora
         if not adapter.pairs:
             raise OptionError("--lora-r: every rank is 0, there is nothing to train")
+        if adapter.scale <= _SMALL_SCALE:
+            self._warn_of_scale(adapter)
         return adapter
+
+    def _warn_of_scale(self, adapter: Adapter) -> None:
+        root = "√" if adapter.rslora else ""
+        mend = "raise --lora-alpha" if adapter.rslora else "raise --lora-alpha, or give --rslora"
+        note(
+            f"warning: --lora-r: {adapter.r} is far above an alpha of {adapter.alpha:g}: what is"
+            f" learnt is scaled by alpha / {root}r = {adapter.scale:.3g}; {mend}"
+        )
 
     def _resumed_header(self, checkpoint: Checkpoint) -> tuple[int, float]:
         """Give r and alpha: what the user says, else what the checkpoint knows."""
@@ -278,11 +216,13 @@ class _Job:
             return self.options.ctx
         return checkpoint.n_ctx
 
-    def _check_outputs(self, model: Model, state: TrainingState) -> None:
-        options = self.options
-        inputs = [str(model.file.path)]
-        if not options.only_write_lora:
-            inputs.append(options.train_data)
+    def _check_outputs(
+        self, model: Model, adapter: Adapter, state: TrainingState, data: Data | None
+    ) -> None:
+        from engine.lora import BaseInfo
+
+        inputs = [str(model.file.path), *(data.inputs if data else [])]
+        self.outputs.check_form(adapter.shapes, BaseInfo.of(model), adapter.alpha)
         self.outputs.check(state.opt_iteration, inputs)
 
     # What is told before training
@@ -293,225 +233,146 @@ class _Job:
         h = model.hparams
         for name in ("n_vocab", "n_ctx", "n_embd", "n_ff", "n_head", "n_head_kv", "n_layer"):
             value = n_ctx if name == "n_ctx" else getattr(h, name)
-            self.say(f"print_params: {name:<22}: {value}")
+            self.lines.say(f"print_params: {name:<22}: {value}")
         for name, real in (
             ("norm_rms_eps", h.rms_eps),
             ("rope_freq_base", h.rope_freq_base),
             ("rope_freq_scale", h.rope_freq_scale),
         ):
-            self.say(f"print_params: {name:<22}: {real:f}")
+            self.lines.say(f"print_params: {name:<22}: {real:f}")
         ranks = {kind_of(pair.name): pair.rank for pair in adapter.pairs.values()}
         for name, kind in _LISTED_RANKS:
-            self.say(f"print_lora_params: {name:<22}: {ranks.get(kind, 0)}")
-        self.say(f"main: total train_iterations {state.iterations}")
-        self.say(f"main: seen train_samples     {state.samples}")
-        self.say(f"main: seen train_tokens      {state.tokens}")
-        self.say(f"main: completed train_epochs {state.epochs}")
-        self._tell_bytes("lora_size", adapter.n_bytes)
+            self.lines.say(f"print_lora_params: {name:<22}: {ranks.get(kind, 0)}")
+        self.lines.say(f"main: total train_iterations {state.iterations}")
+        self.lines.say(f"main: seen train_samples     {state.samples}")
+        self.lines.say(f"main: seen train_tokens      {state.tokens}")
+        self.lines.say(f"main: completed train_epochs {state.epochs}")
+        self.lines.say_bytes("lora_size", adapter.n_bytes)
 
-    def _tell_bytes(self, name: str, n_bytes: int) -> None:
-        self.say(f"main: {name} = {n_bytes} bytes ({n_bytes / 2**20:.1f} MB)")
+    # Memory
 
-    def _samples(self, model: Model, text: bytes, n_ctx: int) -> Samples:
-        from engine.training.data import SplitOptions, split_samples
+    def _check_least_memory(self, model: Model, n_ctx: int, n_parameters: int) -> None:
+        """Refuse what no plan can do before it is planned, which alone could take it all."""
+        from engine.training.resources import least_memory
 
-        options = self.options
-        start = os.fsencode(options.sample_start)
-        if options.escape:
-            start = resolve_escapes(start)
-        self.say(f"main: tokenize training data from {options.train_data}")
-        self.say(f"main: sample-start: {os.fsdecode(start)}")
-        self.say(f"main: include-sample-start: {str(options.include_sample_start).lower()}")
-        split = SplitOptions(start, options.include_sample_start, options.overlapping_samples)
-        samples = split_samples(text, options.train_data, model.tokenizer, n_ctx, split)
-        for warning in samples.warnings:
-            self.say(f"tokenize_file: warning: {warning}")
-        self.say(f"tokenize_file: total number of samples: {len(samples)}")
-        self.say(f"main: number of training tokens: {len(samples.tokens)}")
-        self.say(f"main: number of unique tokens: {samples.n_unique_tokens}")
-        return samples
+        if not self.options.only_write_lora:
+            needed = least_memory(model.hparams, self.options.batch, n_ctx, n_parameters)
+            self._check_memory(needed, n_ctx)
 
-    def _batches(self, model: Model, state: TrainingState, samples: Samples, n_ctx: int) -> Batches:
-        from engine.training.data import Batches, BatchOptions, begin_and_end_tokens
+    def _check_memory(self, needed: int, n_ctx: int) -> None:
+        from engine.training.resources import available_memory, check_memory
 
         options = self.options
-        fits = state.shuffle.fits(samples)
-        if not fits:
-            self.say("main: train data seems to have changed. restarting shuffled epoch.")
-        if options.force_reshuffle:
-            self.say("main: forced reshuffling of data. restarting with newly shuffled epoch.")
-        if not fits or options.force_reshuffle:
-            state.shuffle.restart(samples, self.seed)
-        bos, eos = begin_and_end_tokens(model.tokenizer, str(model.file.path))
-        rows = BatchOptions(
-            n_batch=options.batch,
-            n_ctx=n_ctx,
-            bos=bos,
-            eos=eos,
-            fill_with_next_samples=options.fill_with_next_samples,
-            separate_with_eos=options.separate_with_eos,
-            separate_with_bos=options.separate_with_bos,
-            sample_random_offsets=options.sample_random_offsets,
-        )
-        return Batches(samples, state.shuffle, rows)
+        settings = {"--batch": options.batch, "--ctx": n_ctx, "--lora-r": options.lora_r}
+        also = "" if options.use_checkpointing else " or leave out --no-checkpointing"
+        check_memory(needed, available_memory(), settings, also)
+
+    def _planned(self, model: Model, trainer: Trainer) -> int:
+        from engine.training.resources import forward_memory, planned_memory
+
+        n_batch, n_ctx = trainer.shape
+        losses = self.options.report or self.outputs.best
+        forward = forward_memory(model.hparams, n_batch * n_ctx, trainer) if losses else 0
+        return planned_memory(trainer) + forward
+
+    def _trainer(self, model: Model, adapter: Adapter, n_ctx: int) -> Trainer:
+        from engine.training.trainer import Trainer
+
+        options = self.options
+        try:
+            return Trainer(
+                model,
+                adapter,
+                options.batch,
+                n_ctx,
+                checkpointing=options.use_checkpointing,
+                n_threads=self._threads(),
+                compute=options.compute,
+            )
+        except MemoryError:
+            raise EngineError(
+                f"training needs more memory than the system gives; lower --batch"
+                f" ({options.batch}), --ctx ({n_ctx}) or --lora-r ({options.lora_r})"
+            ) from None
 
     # The training
 
     def _train(
-        self, model: Model, adapter: Adapter, state: TrainingState, n_ctx: int, text: bytes
-    ) -> int:
-        from engine.training.trainer import Trainer
-
-        options = self.options
-        n_opt_bytes = state.m.nbytes + state.v.nbytes + state.past_losses.nbytes
-        self._tell_bytes("opt_size ", n_opt_bytes)
-        self.say(f"main: opt iter {state.opt_iteration}")
-        trainer = Trainer(
-            model,
-            adapter,
-            options.batch,
-            n_ctx,
-            checkpointing=options.use_checkpointing,
-            n_threads=self._threads(),
-            compute=options.compute,
-        )
-        self._tell_bytes("input_size", trainer.input_bytes)
-        self._tell_bytes("compute_size", trainer.memory_bytes)
-        self.say("main: evaluation order = LEFT_TO_RIGHT")
-        samples = self._samples(model, text, n_ctx)
-        batches = self._batches(model, state, samples, n_ctx)
-        run = self._make_run(model, adapter, state, batches, trainer)
-        self.say("main: begin training")
-        self._tell_bytes("work_size", trainer.work_bytes)
-        result = self._run_interruptibly(run)
-        if self.stop.is_set() and not self.output_closed:
-            return self._tell_interrupted(result)
-        return self._status()
-
-    def _make_run(
         self,
         model: Model,
         adapter: Adapter,
         state: TrainingState,
-        batches: Batches,
+        n_ctx: int,
+        data: Data,
+        saver: Saver,
+    ) -> int:
+        from engine.training.resources import expected_updates
+
+        options, lines = self.options, self.lines
+        n_opt_bytes = state.m.nbytes + state.v.nbytes + state.past_losses.nbytes
+        lines.say_bytes("opt_size ", n_opt_bytes)
+        lines.say(f"main: opt iter {state.opt_iteration}")
+        trainer = self._trainer(model, adapter, n_ctx)
+        lines.say_bytes("input_size", trainer.input_bytes)
+        lines.say_bytes("compute_size", trainer.memory_bytes)
+        lines.say("main: evaluation order = LEFT_TO_RIGHT")
+        data.load(model, n_ctx)
+        batches = data.batches(state, self.seed)
+        if options.show_sample:
+            data.tell_sample()
+        n_updates = expected_updates(
+            options.adam_iter,
+            options.epochs,
+            len(data.samples),
+            options.batch * max(1, options.grad_acc),
+        )
+        if options.dry_run:
+            data.validation(state)
+            return self._dry_run(model, adapter, trainer, data, batches, n_updates)
+        self._check_memory(self._planned(model, trainer), n_ctx)
+        training = Training(
+            options, lines, model, adapter, state, trainer, data, batches, saver, n_updates
+        )
+        return training.run()
+
+    def _dry_run(
+        self,
+        model: Model,
+        adapter: Adapter,
         trainer: Trainer,
-    ) -> Run:
-        from engine.training.checkpoint import write_checkpoint
-        from engine.training.loop import Run
-        from engine.training.report import duration_text
+        data: Data,
+        batches: Batches,
+        n_updates: int,
+    ) -> int:
+        """Tell what a run would take, after one evaluation; nothing is trained or written."""
+        from engine.training.report import duration_text, end_text
+        from engine.training.resources import memory_in_use, probe_seconds
 
-        n_ctx = batches.options.n_ctx
-
-        def save(iteration: int) -> None:
-            for name in self.outputs.names(self.outputs.checkpoint, iteration):
-                self.say(f"save_checkpoint_lora_file: saving to {name}")
-                write_checkpoint(name, state, adapter, model.hparams, n_ctx)
-            self._save_adapter(adapter, iteration)
-
-        return Run(
-            state,
-            batches,
-            trainer.evaluate,
-            trainer.grad,
-            self._optimizer(adapter),
-            self._schedule(),
-            self._run_options(),
-            on_iteration=self._tell_iteration,
-            on_reshuffle=lambda epochs: self.say(
-                f"train_opt_callback: reshuffle samples. completed epochs: {epochs}"
-            ),
-            on_end=lambda ms: self.say(f"main: total training time: {duration_text(ms)}"),
-            on_save=save,
-            stop_requested=self.stop.is_set,
+        say, n_ctx = self.lines.say, batches.options.n_ctx
+        planned = self._planned(model, trainer)
+        peak = memory_in_use() + planned
+        mapped = sum(info.n_bytes for info in model.file.tensors.values())
+        say(f"dry run: samples              = {len(data.samples)}")
+        say(f"dry run: tokens               = {len(data.samples.tokens)}")
+        say(f"dry run: trainable parameters = {adapter.flat.size}")
+        say(
+            f"dry run: peak memory          = {peak} bytes ({peak / 2**20:.1f} MB), and"
+            f" {mapped / 2**20:.1f} MB of the model's file"
         )
-
-    def _save_adapter(self, adapter: Adapter, iteration: int) -> None:
-        for name in self.outputs.names(self.outputs.adapter, iteration):
-            self.say(f"save_as_llama_lora: saving to {name}")
-            adapter.write_bin(name)
-
-    def _optimizer(self, adapter: Adapter) -> AdamW:
-        from engine.training.optimizer import AdamW, AdamWParams
-
-        options = self.options
-        params = AdamWParams(
-            alpha=options.adam_alpha,
-            beta1=options.adam_beta1,
-            beta2=options.adam_beta2,
-            decay=options.adam_decay,
-            decay_min_ndim=options.adam_decay_min_ndim,
-            gclip=options.adam_gclip,
+        self._check_memory(planned, n_ctx)
+        batch = batches.next()
+        seconds = probe_seconds(lambda: trainer.evaluate(batch.inputs, batch.targets))
+        n_tokens = batch.inputs.size
+        say(
+            f"dry run: speed                = {n_tokens / seconds:.1f} tokens/s"
+            f" ({seconds:.3f} s for {n_tokens} tokens)"
         )
-        return AdamW(adapter, params)
-
-    def _schedule(self) -> Schedule:
-        from engine.training.schedule import Schedule
-
-        options = self.options
-        return Schedule(
-            warmup=options.warmup,
-            decay_steps=options.cos_decay_steps,
-            decay_min=options.cos_decay_min,
-            restart=options.enable_restart,
-            restart_factor=options.cos_decay_restart,
-            alpha=options.adam_alpha,
-            min_alpha=options.adam_min_alpha,
+        total_ms = 1000 * seconds * max(1, self.options.grad_acc) * (n_updates + 1)
+        say(
+            f"dry run: expected end         = {end_text(total_ms)}, after"
+            f" {duration_text(total_ms)} for {n_updates} iterations"
         )
-
-    def _run_options(self) -> RunOptions:
-        from engine.training.loop import RunOptions
-
-        options = self.options
-        return RunOptions(
-            adam_iter=options.adam_iter,
-            save_every=options.save_every,
-            grad_acc=options.grad_acc,
-            epochs=options.epochs,
-            adam_epsf=options.adam_epsf,
-            opt_delta=options.opt_delta,
-            max_no_improvement=options.opt_max_no_improvement,
-        )
-
-    def _tell_iteration(self, report: IterationReport) -> None:
-        from engine.training.report import bar_text, duration_text
-
-        times = ""
-        if report.dt_ms is not None and report.eta_ms is not None:
-            times = f" dt={duration_text(report.dt_ms)} eta={duration_text(report.eta_ms)}"
-        self.say(
-            f"train_opt_callback: iter={report.iteration:6d} "
-            f"sample={report.sample}/{report.n_samples} sched={report.sched:f} "
-            f"loss={report.loss:f}{times} |{bar_text(report.first_loss, report.loss)}>"
-        )
-
-    def _run_interruptibly(self, run: Run) -> RunResult:
-        from concurrent.futures import ThreadPoolExecutor
-
-        # A step may take long and Python handles signals between the main thread's bytecodes
-        # only: while another thread computes, the main thread is free to answer at once.
-        with self._interrupts_stop_the_run(), ThreadPoolExecutor(1) as executor:
-            return executor.submit(run.run).result()
-
-    @contextmanager
-    def _interrupts_stop_the_run(self) -> Iterator[None]:
-        def handle(_number: int, _frame: object) -> None:
-            if self.stop.is_set():
-                os._exit(INTERRUPTED)
-            self.stop.set()
-            note("interrupted: finishing this iteration, then saving; once more quits at once")
-
-        before = signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _tell_interrupted(self, result: RunResult) -> int:
-        patterns = [self.outputs.checkpoint, self.outputs.adapter]
-        latest = [name for pattern in patterns for name in self.outputs.names(pattern, 0)[1:]]
-        saved = " and ".join(latest) or "nothing, as no output is named"
-        note(f"interrupted after iteration {result.iteration}; saved {saved}")
-        return INTERRUPTED
+        return CLOSED_OUTPUT if self.lines.closed else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.errors import OptionError
+
 from .options import Option, OptionTable, Parsed, choice, in_group, real, seed, text, whole
 
 CLOCK_SEED = 2**32 - 1
@@ -93,6 +95,18 @@ class FinetuneOptions:
     rank_ffn_gate: int | None
     rank_ffn_down: int | None
     rank_ffn_up: int | None
+    rslora: bool
+    mask_prompt: bool | None
+    append_eos: bool | None
+    show_sample: bool
+    val_data: str
+    val_split: float
+    eval_every: int
+    early_stop: int
+    log_csv: str
+    plot: str
+    report: bool
+    dry_run: bool
     given: frozenset[str] = frozenset()
 
     def ranks(self) -> dict[str, int]:
@@ -110,7 +124,9 @@ class FinetuneOptions:
         return bool(asked & self.given)
 
 
-def _flag(spelling: str, dest: str, help: str, constant: bool = True, on: bool = False) -> Option:
+def _flag(
+    spelling: str, dest: str, help: str, constant: bool = True, on: bool | None = False
+) -> Option:
     return Option((spelling,), dest, help, default=on, constant=constant)
 
 
@@ -119,7 +135,9 @@ _FILES = in_group(
     Option(("--model-base",), "model_base",
            "base model: a GGUF file, or the name of an installed model package",
            (text("FNAME"),), default=""),
-    Option(("--train-data",), "train_data", "text to train on", (text("FNAME"),),
+    Option(("--train-data",), "train_data",
+           "text to train on; of a name that ends in .jsonl every line is an object with "
+           "messages, with prompt and completion, or with text", (text("FNAME"),),
            default="shakespeare.txt"),
     Option(("--checkpoint-in",), "checkpoint_in",
            "checkpoint to resume from; a missing file or an empty name starts anew",
@@ -128,7 +146,9 @@ _FILES = in_group(
            "name of the checkpoints written; an empty name writes none",
            (text("FNAME"),), default="checkpoint-ITERATION.gguf"),
     Option(("--lora-out",), "lora_out",
-           "name of the adapters written; an empty name writes none",
+           "name of the adapters written; an empty name writes none. The name says the form: "
+           ".gguf is what current llama.cpp loads; .safetensors, a folder, or a name with / at "
+           "the end is PEFT's; anything else is the .bin form, and so is the default name",
            (text("FNAME"),), default="ggml-lora-ITERATION-f32.gguf"),
     Option(("--pattern-fn-it",), "pattern_fn_it",
            "part of an output name that the iteration number replaces", (text("STR"),),
@@ -138,7 +158,9 @@ _FILES = in_group(
            default="LATEST"),
     Option(("--save-every",), "save_every",
            "iterations between saves; 0 or less saves at the end only", (whole(),), default=10),
-    _flag("--only-write-lora", "only_write_lora", "write the adapter and end"),
+    _flag("--only-write-lora", "only_write_lora",
+          "write the adapter of --checkpoint-in (or a new one) in the form that --lora-out names, "
+          "and end"),
 )  # fmt: skip
 
 _RUN = in_group(
@@ -165,6 +187,9 @@ _RUN = in_group(
     _flag("--no-checkpointing", "use_checkpointing", "keep all activations", False, on=True),
     _flag("--use-flash", "use_flash", "accepted, without effect"),
     _flag("--no-flash", "use_flash", "accepted, without effect", False),
+    _flag("--dry-run", "dry_run",
+          "load, tokenize and plan, then print samples, tokens, trainable parameters, peak memory, "
+          "a measured speed and the expected end; nothing is trained or written"),
     Option(("-ngl", "--n-gpu-layers"), "gpu_layers", "accepted with a warning, without effect",
            (text("N"),), default="0", shown_default=""),
 )  # fmt: skip
@@ -193,6 +218,19 @@ _SAMPLES = in_group(
           "begin the first sample of a row at a random token of it"),
     _flag("--force-reshuffle", "force_reshuffle",
           "forget the checkpoint's order of samples and shuffle anew from --seed"),
+    _flag("--mask-prompt", "mask_prompt",
+          "conversations: only what is answered counts in the loss (default for messages and for "
+          "prompt and completion)", on=None),
+    _flag("--no-mask-prompt", "mask_prompt", "conversations: every token counts in the loss",
+          False, on=None),
+    _flag("--append-eos", "append_eos",
+          "an end-of-sequence token, which counts, behind every sample (default for messages and "
+          "for prompt and completion)", on=None),
+    _flag("--no-append-eos", "append_eos", "no end-of-sequence token behind samples", False,
+          on=None),
+    _flag("--show-sample", "show_sample",
+          "print the first sample as the model will see it, with marks around what counts in the "
+          "loss"),
 )  # fmt: skip
 
 _SCHEDULE = in_group(
@@ -235,6 +273,33 @@ _SCHEDULE = in_group(
            default=0),
 )  # fmt: skip
 
+_WATCH = in_group(
+    "validation and reports",
+    Option(("--val-data",), "val_data",
+           "text or .jsonl file whose loss is watched and not trained on", (text("FNAME"),),
+           default="", shown_default="none"),
+    Option(("--val-split",), "val_split",
+           "part of the samples that is taken out of the training data to be watched instead",
+           (real(above=0.0, below=1.0),), default=0.0, shown_default="none"),
+    Option(("--eval-every",), "eval_every",
+           "iterations between looks at the validation loss; 0 or less looks at the end only",
+           (whole(),), default=10),
+    Option(("--early-stop",), "early_stop",
+           "end after so many looks in a row without a lower validation loss; 0 or less is off",
+           (whole(),), default=0),
+    Option(("--log-csv",), "log_csv",
+           "file for a row an iteration: iteration, samples, tokens, learning rate, loss, "
+           "validation loss, gradient norm, tokens per second, seconds", (text("FNAME"),),
+           default="", shown_default="none"),
+    Option(("--plot",), "plot",
+           "picture of the loss curves, .svg or .png (needs matplotlib: pip install "
+           "'cylora[plot]')", (text("FNAME"),), default="", shown_default="none"),
+    _flag("--no-report", "report",
+          "leave out the proof of learning at the end: loss on the last 2 % of the data (at most "
+          "2048 tokens) before and after, how many tensors moved and which most; without it a "
+          "run in which nothing moved ends like any other", False, on=True),
+)  # fmt: skip
+
 _LORA = in_group(
     "adapter",
     Option(("--lora-r",), "lora_r",
@@ -242,6 +307,7 @@ _LORA = in_group(
            "unless a rank is given", (whole(low=1),), default=4),
     Option(("--lora-alpha",), "lora_alpha", "alpha of the scale alpha / r", (whole(low=1),),
            shown_default="the value of --lora-r"),
+    _flag("--rslora", "rslora", "scale by alpha / √r instead (rank-stabilized LoRA)"),
     *(
         Option((name,), f"rank_{tensor}", f"rank for {what}; 0: no adapter",
                (whole(low=0),),
@@ -256,10 +322,33 @@ _LORA = in_group(
            (real(above=0.0),), shown_default="the model's"),
 )  # fmt: skip
 
-TABLE = OptionTable("finetune", _RUN + _FILES + _SAMPLES + _SCHEDULE + _LORA)
+TABLE = OptionTable(
+    "finetune", _RUN + _FILES + _SAMPLES + _SCHEDULE + _WATCH + _LORA, strict_numbers=True
+)
 
 
 def parse(arguments: Sequence[str]) -> tuple[FinetuneOptions, Parsed]:
-    """Read the arguments of `finetune`; see `OptionTable.parse` for what is raised."""
+    """Read the arguments of `finetune`; see `OptionTable.parse` for what is raised.
+
+    Raises
+    ------
+    OptionError
+        For options that contradict each other, too.
+    """
     parsed = TABLE.parse(arguments)
-    return FinetuneOptions(**parsed.values, given=parsed.given), parsed
+    options = FinetuneOptions(**parsed.values, given=parsed.given)
+    _check_together(options)
+    return options, parsed
+
+
+def _check_together(options: FinetuneOptions) -> None:
+    given = options.given
+    if options.val_data and options.val_split:
+        raise OptionError("--val-split: --val-data is given too; give one of the two")
+    if not (options.val_data or options.val_split):
+        for name in ("eval_every", "early_stop"):
+            if name in given:
+                option = "--" + name.replace("_", "-")
+                raise OptionError(
+                    f"{option}: there is no validation; give --val-data or --val-split"
+                )

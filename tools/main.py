@@ -221,15 +221,16 @@ class _Session:
         )
 
     def _load_adapters(self, model: Model) -> list[tuple[Adapter, float]]:
-        from engine.lora import KINDS, check_fits, read_adapter
+        from engine.lora import KINDS, BaseInfo, check_fits, read_adapter
 
         shapes = model.adapter_shapes(dict.fromkeys(KINDS, 1))
         adapters = []
         for name, scale in self.options.adapters:
-            adapter = read_adapter(name)
+            adapter = read_adapter(name, BaseInfo.of(model))
             check_fits(adapter, shapes)
             n = len(adapter.pairs)
-            self.log(f"main: lora: '{name}': scale {scale:g}, applied {n} of {n} tensors")
+            n_all = n + len(adapter.unused)
+            self.log(f"main: lora: '{name}': scale {scale:g}, applied {n} of {n_all} tensors")
             adapters.append((adapter, scale))
         return adapters
 

@@ -238,10 +238,13 @@ class OptionTable:
     program : str
         The command's name in the usage.
     rows : tuple of Option
+    strict_numbers : bool
+        Refuse a number with anything after it, instead of taking the number with a warning.
     """
 
     program: str
     rows: tuple[Option, ...]
+    strict_numbers: bool = False
     _by_name: dict[str, Option] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -382,6 +385,11 @@ class _Reader:
             ) from None
         if rest.strip():
             used = argument[: len(argument) - len(rest)]
+            if self.table.strict_numbers:
+                raise UsageError(
+                    f"invalid parameter for argument: {name}: '{argument}' is not a number:"
+                    f" '{rest}' stands after {used}"
+                )
             self.warnings.append(f"{name}: '{argument}' is read as {used}")
         return value
 

@@ -33,7 +33,7 @@ from engine.training.moments import (
     moments_from_file,
     moments_to_file,
 )
-from engine.training.state import TrainingState
+from engine.training.state import TrainingState, ValidationState
 
 U32, U64, REAL = ValueType.U32, ValueType.U64, ValueType.F32
 TEXT, BOOL = ValueType.STRING, ValueType.BOOL
@@ -45,6 +45,8 @@ _FIRST = "optimizer.adam.first_moments"
 _SECOND = "optimizer.adam.second_moments"
 _PAST = "optimizer.adam.past_loss_values"
 _R_KEY, _ALPHA_KEY = "training.lora.r", "training.lora.alpha"
+_RSLORA_KEY = "training.lora.rslora"
+_VALIDATION = "training.validation."
 _RANK_KEY = "training.lora.rank."
 
 # Sizes that must be the model's: key of the file, attribute of the hyperparameters.
@@ -105,7 +107,8 @@ class Checkpoint:
     ----------
     path : str
     adapter : Adapter
-        Its r and alpha are those of the file, or 4 when the file does not tell (`has_header`).
+        Its r, alpha and rslora are those of the file; 4, 4 and false when the file does not tell
+        (`has_header`).
     state : TrainingState
     n_ctx : int
         Tokens of a row in the run that wrote it.
@@ -212,7 +215,12 @@ def write_checkpoint(
     EngineError
         If the file cannot be written; an earlier one is left whole.
     """
-    keys = [*_model_keys(adapter, hparams, n_ctx), *_state_keys(state), *_header_keys(adapter)]
+    keys = [
+        *_model_keys(adapter, hparams, n_ctx),
+        *_state_keys(state),
+        *_header_keys(adapter),
+        *_validation_keys(state.validation),
+    ]
     write_gguf(path, keys, _tensors(state, adapter))
 
 
@@ -262,9 +270,23 @@ def _state_keys(state: TrainingState) -> list[_Key]:
 
 def _header_keys(adapter: Adapter) -> list[_Key]:
     """Return r and alpha, unless a reader that knows nothing of them would guess both right."""
-    if adapter.r == DEFAULT_R and adapter.alpha == adapter.r:
+    if adapter.r == DEFAULT_R and adapter.alpha == adapter.r and not adapter.rslora:
         return []
-    return [(_R_KEY, U32, adapter.r), (_ALPHA_KEY, REAL, adapter.alpha)]
+    rslora: list[_Key] = [(_RSLORA_KEY, BOOL, True)] if adapter.rslora else []
+    return [(_R_KEY, U32, adapter.r), (_ALPHA_KEY, REAL, adapter.alpha), *rslora]
+
+
+def _validation_keys(validation: ValidationState | None) -> list[_Key]:
+    """Return what is known of a validation loss; nothing before one was taken."""
+    if validation is None or validation.iteration < 0:
+        return []
+    return [
+        (_VALIDATION + "samples_hash", U64, validation.samples_hash),
+        (_VALIDATION + "iteration", U64, validation.iteration),
+        (_VALIDATION + "loss", REAL, validation.loss),
+        (_VALIDATION + "best_loss", REAL, validation.best_loss),
+        (_VALIDATION + "no_improvement_count", U32, validation.no_improvement),
+    ]
 
 
 _Tensor = tuple[str, DType, tuple[int, ...], FloatArray]
@@ -356,6 +378,7 @@ class _Reader:
             if r == 0 or not np.isfinite(alpha):
                 raise FormatError(f"{self.path}: {_R_KEY} is {r} and {_ALPHA_KEY} {alpha}")
         adapter = Adapter(shapes, r, alpha, self.path)
+        adapter.rslora = has_header and self.file.get_bool(_RSLORA_KEY, False)
         for name, (a, b) in factors.items():
             adapter.pairs[name].a[:] = a.T
             adapter.pairs[name].b[:] = b.T
@@ -438,8 +461,20 @@ class _Reader:
             best_loss=self.file.get_float("optimizer.adam.best_loss"),
             previous_loss=self.file.get_float("optimizer.adam.previous_loss"),
             no_improvement=self.count("optimizer.adam.no_improvement_count"),
+            validation=self.validation(),
         )
         return order, warnings, state
+
+    def validation(self) -> ValidationState | None:
+        if _VALIDATION + "iteration" not in self.file.metadata:
+            return None
+        return ValidationState(
+            self.count(_VALIDATION + "samples_hash", 2**64 - 1),
+            self.count(_VALIDATION + "iteration"),
+            self.file.get_float(_VALIDATION + "loss"),
+            self.file.get_float(_VALIDATION + "best_loss"),
+            self.count(_VALIDATION + "no_improvement_count"),
+        )
 
     def check_optimizer(self) -> None:
         version = self.file.get_int("optimizer.file_version")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,10 @@ from engine.mt19937 import MT19937
 
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
+MaskArray = NDArray[np.bool_]
+
+# A target that does not count in the loss.
+NO_TARGET = -1
 
 # Characters as the splitter sees them: their length comes from the first byte alone, so a text
 # that is not UTF-8 has a rhythm of its own. A run of one-byte characters is taken at once.
@@ -88,6 +92,15 @@ class Samples:
         64 bits that tell whether a checkpoint's shuffle was made from the same samples.
     warnings : list of str
         For a person, one line each.
+    mask : ndarray of shape (n_tokens,), bool, or None
+        Which tokens count in the loss. With a mask nothing else counts: no padding, no separators.
+        None: everything counts.
+    begin_token : int or None
+        Token that every sample begins with and that `tokens` leaves out, since rows begin with it;
+        None: rows begin with BOS.
+    extent : ndarray of shape (n_samples, 2), int64, or None
+        Bytes of the text that each sample was made from, first and behind the last; None where
+        places in `tokens` say the same.
     """
 
     tokens: IntArray
@@ -95,6 +108,9 @@ class Samples:
     size: IndexArray
     hash: int
     warnings: list[str] = field(default_factory=list)
+    mask: MaskArray | None = None
+    begin_token: int | None = None
+    extent: IndexArray | None = None
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -104,6 +120,11 @@ class Samples:
     def n_unique_tokens(self) -> int:
         """How many different tokens occur."""
         return len(np.unique(self.tokens))
+
+    @property
+    def n_counted(self) -> int:
+        """How many tokens count in the loss."""
+        return len(self.tokens) if self.mask is None else int(np.count_nonzero(self.mask))
 
 
 def read_training_text(path: str | Path) -> bytes:
@@ -161,8 +182,9 @@ def split_samples(
     DataError
         If nothing is left to train on.
     """
+    extent = None
     if options.sample_start:
-        tokens, size, warnings = _split_at_pattern(text, tokenizer, n_ctx, options)
+        tokens, size, extent, warnings = _split_at_pattern(text, tokenizer, n_ctx, options)
         begin = np.cumsum(size) - size
     else:
         tokens = np.array(tokenizer.encode(text), dtype=np.int32)
@@ -172,13 +194,17 @@ def split_samples(
         warnings = []
     if not len(tokens):
         raise DataError(f"{name}: training text holds no sample that is not empty")
-    return Samples(tokens, begin, size, samples_hash(name, begin, size), warnings)
+    fingerprint = samples_hash(name, begin, size)
+    return Samples(tokens, begin, size, fingerprint, warnings, extent=extent)
 
 
 def _split_at_pattern(
     text: bytes, tokenizer: TextTokenizer, n_ctx: int, options: SplitOptions
-) -> tuple[IntArray, IndexArray, list[str]]:
-    """Tokenize each sample alone; returns all tokens, the sizes without zeros, and warnings."""
+) -> tuple[IntArray, IndexArray, IndexArray, list[str]]:
+    """Tokenize each sample alone; returns all tokens, sizes and extents without empty samples.
+
+    The warnings come last.
+    """
     positions = _occurrences(text, options.sample_start)
     skipped = 0 if options.include_sample_start else len(options.sample_start)
     warnings = []
@@ -200,7 +226,8 @@ def _split_at_pattern(
     ]
     sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
     warnings += _size_warnings(sizes, n_ctx)
-    return np.concatenate(pieces), sizes[sizes > 0], warnings
+    extents = np.stack([begins, ends], axis=1)
+    return np.concatenate(pieces), sizes[sizes > 0], extents[sizes > 0], warnings
 
 
 def _occurrences(text: bytes, pattern: bytes) -> list[int]:
@@ -386,7 +413,8 @@ class Batch(NamedTuple):
     Attributes
     ----------
     inputs, targets : ndarray of shape (n_batch, n_ctx), int32
-        An input row is its target row one later, with BOS in front.
+        An input row is its target row one later, with BOS in front. Where a mask leaves a token
+        out, its target is -1.
     used : int
         Samples that went in.
     """
@@ -422,8 +450,12 @@ class Batches:
         self.state = state
         self.options = options
         self.epochs = 0
+        # A first token that the samples share is part of each: it is not left out between them.
+        own = samples.begin_token is not None
+        self._begin_token = options.bos if samples.begin_token is None else samples.begin_token
         self._separator = np.array(
-            [options.eos] * options.separate_with_eos + [options.bos] * options.separate_with_bos,
+            [options.eos] * options.separate_with_eos
+            + [self._begin_token] * (own or options.separate_with_bos),
             dtype=np.int32,
         )
         self._shuffled = shuffle(samples.size, state.rng_state)
@@ -432,34 +464,45 @@ class Batches:
         """Draw a batch and move on; past the last sample it wraps within the old order."""
         n_batch, n_ctx = self.options.n_batch, self.options.n_ctx
         targets = np.full((n_batch, n_ctx), self.options.eos, dtype=np.int32)
+        counts = np.full((n_batch, n_ctx), self.samples.mask is None)
         used = 0
-        for row in targets:
-            used += self._fill_row(row, used)
+        for row, row_counts in zip(targets, counts, strict=True):
+            used += self._fill_row(row, row_counts, used)
         inputs = np.empty_like(targets)
-        inputs[:, 0] = self.options.bos
+        inputs[:, 0] = self._begin_token
         inputs[:, 1:] = targets[:, :-1]
+        targets[~counts] = NO_TARGET
         self._advance(used)
         return Batch(inputs, targets, used)
 
-    def _fill_row(self, row: IntArray, used: int) -> int:
+    def _fill_row(self, row: IntArray, counts: MaskArray, used: int) -> int:
         """Fill a row of padding with one sample, or as many as fit; returns how many."""
-        filled = _put(row, 0, self._sample(used, self.options.sample_random_offsets))
+        filled = self._put_sample(row, counts, 0, used, self.options.sample_random_offsets)
         n = 1
         while self.options.fill_with_next_samples and filled < len(row):
             filled = _put(row, filled, self._separator)
             if filled < len(row):
-                filled = _put(row, filled, self._sample(used + n, at_offset=False))
+                filled = self._put_sample(row, counts, filled, used + n, at_offset=False)
                 n += 1
         return n
 
-    def _sample(self, ahead: int, at_offset: bool) -> IntArray:
-        """Tokens of the sample that is `ahead` of the next one, cut to a row's length."""
+    def _put_sample(
+        self, row: IntArray, counts: MaskArray, filled: int, ahead: int, at_offset: bool
+    ) -> int:
+        """Copy what fits of a sample, and of its mask; returns where the row is filled to."""
+        place = self._sample(ahead, at_offset)
+        if self.samples.mask is not None:
+            _put(counts, filled, self.samples.mask[place])
+        return _put(row, filled, self.samples.tokens[place])
+
+    def _sample(self, ahead: int, at_offset: bool) -> slice:
+        """Place of the sample that is `ahead` of the next one, cut to a row's length."""
         position = (self.state.next_sample + ahead) % len(self.samples)
         index = self._shuffled.order[position]
         offset = self._shuffled.offset[position] if at_offset else 0
         begin = self.samples.begin[index]
         end = begin + min(self.samples.size[index], offset + self.options.n_ctx)
-        return self.samples.tokens[begin + offset : end]
+        return slice(begin + offset, end)
 
     def _advance(self, used: int) -> None:
         self.state.next_sample += used
@@ -470,8 +513,8 @@ class Batches:
             self.state.next_sample = 0
 
 
-def _put(row: IntArray, begin: int, tokens: IntArray) -> int:
-    """Copy what fits of `tokens` into `row`; returns where the row is filled to."""
-    end = min(begin + len(tokens), len(row))
-    row[begin:end] = tokens[: end - begin]
+def _put(row: NDArray[Any], begin: int, values: NDArray[Any]) -> int:
+    """Copy what fits of `values` into `row`; returns where the row is filled to."""
+    end = min(begin + len(values), len(row))
+    row[begin:end] = values[: end - begin]
     return end

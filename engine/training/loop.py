@@ -10,6 +10,7 @@ start of an evaluation, before its batch is drawn, so that a resumed run draws t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.errors import EngineError
+from engine.kernels import sum_squares
 from engine.lora import FloatArray
 from engine.training.data import Batches, IntArray
-from engine.training.report import IterationReport
+from engine.training.report import EvaluationReport, IterationReport
 from engine.training.state import TrainingState
 
 
@@ -67,6 +70,10 @@ class RunOptions:
         as long as `TrainingState.past_losses`, and 0 turns the test off.
     max_no_improvement : int
         End after that many updates in a row without a new best loss; 0 or less: off.
+    eval_every : int
+        Updates between validations; 0 or less: only at the end.
+    early_stop : int
+        End after that many validations in a row without a new best one; 0 or less: off.
     """
 
     adam_iter: int = 256
@@ -76,6 +83,8 @@ class RunOptions:
     adam_epsf: float = 0.0
     opt_delta: float = 1e-5
     max_no_improvement: int = 0
+    eval_every: int = 10
+    early_stop: int = 0
 
 
 class End(Enum):
@@ -86,6 +95,7 @@ class End(Enum):
     SMALL_CHANGE = "the loss changes less than --adam-epsf"
     SMALL_DELTA = "the loss changed less than --opt-delta over --opt-past iterations"
     NO_IMPROVEMENT = "the loss has not improved for --opt-max-no-improvement iterations"
+    EARLY_STOP = "the validation loss has not improved for --early-stop validations"
     STOPPED = "stopped on request"
 
 
@@ -114,6 +124,23 @@ class RunResult:
     def cancelled(self) -> bool:
         """Whether the run was stopped on request."""
         return self.end is End.STOPPED
+
+
+class NotFiniteError(EngineError):
+    """A loss or a gradient became infinite or NaN; the weights are not to be saved.
+
+    Attributes
+    ----------
+    iteration : int
+        Updates done, over all runs.
+    loss : float
+    """
+
+    def __init__(self, iteration: int, loss: float) -> None:
+        what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+        super().__init__(f"iteration {iteration}: {what}")
+        self.iteration = iteration
+        self.loss = loss
 
 
 class _Finish(Exception):
@@ -156,8 +183,15 @@ class Run:
         An epoch is completed; gets their number over all runs.
     on_end : callable (float), optional
         Training is over, the final save still to come; gets the elapsed milliseconds.
+    on_evaluation : callable (EvaluationReport), optional
+        After each evaluation.
     on_save : callable (int), optional
-        `state` is to be saved as that iteration.
+        `state` is to be saved as that iteration. If it returns False nothing was saved, which
+        is tried again at the next occasion, at the end of the run for one.
+    validate : callable () -> float, optional
+        Loss on other data, without a trace in the gradient; needs ``state.validation``.
+    on_best : callable (int), optional
+        The validation loss of that iteration is the lowest so far.
     stop_requested : callable () -> bool, optional
         Asked after each update; true ends the run there, as if it had been the last, with a save.
     clock : callable () -> int, optional
@@ -177,7 +211,10 @@ class Run:
         on_iteration: Callable[[IterationReport], Any] = _nothing,
         on_reshuffle: Callable[[int], Any] = _nothing,
         on_end: Callable[[float], Any] = _nothing,
+        on_evaluation: Callable[[EvaluationReport], Any] = _nothing,
         on_save: Callable[[int], Any] = _nothing,
+        validate: Callable[[], float] | None = None,
+        on_best: Callable[[int], Any] = _nothing,
         stop_requested: Callable[[], bool] = bool,
         clock: Callable[[], int] = _monotonic_ms,
     ) -> None:
@@ -191,12 +228,18 @@ class Run:
         self._on_iteration = on_iteration
         self._on_reshuffle = on_reshuffle
         self._on_end = on_end
+        self._on_evaluation = on_evaluation
         self._on_save = on_save
+        self._validate_now = validate
+        self._on_best = on_best
         self._stop_requested = stop_requested
         self._stopwatch = _Stopwatch(clock)
         self._clock = clock
         self._first_iteration = state.opt_iteration
         self._saved_iteration = state.opt_iteration
+        self._is_saved = True
+        self._began = 0
+        self._tokens = state.tokens
         self._epochs_seen_at: int | None = None
         self._sched = 0.0
         self._first_loss = self._last_loss = 0.0
@@ -204,15 +247,23 @@ class Run:
         state.m, state.v = optimizer.m, optimizer.v
 
     def run(self) -> RunResult:
-        """Train until something ends the run, then save what is not saved yet."""
-        began = self._clock()
+        """Train until something ends the run, then save what is not saved yet.
+
+        Raises
+        ------
+        NotFiniteError
+            If a loss or a gradient is infinite or NaN; nothing is saved then.
+        """
+        began = self._began = self._clock()
         try:
             end = self._optimize()
         except _Finish as finish:
             end = finish.end
         elapsed = float(self._clock() - began)
         self._on_end(elapsed)
-        if self.state.opt_iteration > self._saved_iteration:
+        if self.state.opt_iteration > self._saved_iteration or not self._is_saved:
+            if end is not End.STOPPED:  # who interrupts does not want to wait for it
+                self._validate()
             self._save()
         iteration = self.state.opt_iteration
         return RunResult(end, iteration, self._first_loss, self._last_loss, elapsed)
@@ -272,19 +323,72 @@ class Run:
             total += np.float32(self._evaluate_batch(inputs, targets, float(weight)))
         loss = total * weight
         self._last_loss = float(loss)
+        norm = math.sqrt(sum_squares(self._grad))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFiniteError(self.state.opt_iteration, float(loss))
+        self._tell_evaluation(norm)
         return loss
+
+    def _tell_evaluation(self, norm: float) -> None:
+        state, n_tokens = self.state, self._n_tokens
+        self._tokens += n_tokens
+        now = self._clock()
+        self._on_evaluation(
+            EvaluationReport(
+                iteration=state.opt_iteration,
+                samples=state.samples,
+                tokens=self._tokens,
+                sched=self._sched,
+                loss=self._last_loss,
+                validation_loss=self._fresh_validation(),
+                gradient_norm=norm,
+                n_tokens=n_tokens,
+                evaluation_ms=self._stopwatch.so_far(now),
+                elapsed_ms=float(now - self._began),
+            )
+        )
 
     def _begin_iteration(self) -> None:
         iteration = self.state.opt_iteration
         if iteration > self._first_iteration and self._stop_requested():
             raise _Finish(End.STOPPED)
         self._stopwatch.stop()
+        if self._validation_is_due(iteration):
+            self._validate()
         save_every = self._options.save_every
         if save_every > 0 and iteration - self._saved_iteration >= save_every:
             self._save()
         self._stopwatch.start()  # the time of saving is left out
         self._sched = self._schedule(iteration)
         self._on_iteration(self._report(iteration))
+        self._stop_early()
+
+    def _validation_is_due(self, iteration: int) -> bool:
+        every = self._options.eval_every
+        last = iteration - self._first_iteration == self._options.adam_iter
+        return last or (every > 0 and iteration % every == 0)
+
+    def _validate(self) -> None:
+        """Take the validation loss, unless it is there: a resumed run has that of its save."""
+        validation, iteration = self.state.validation, self.state.opt_iteration
+        if self._validate_now is None or validation is None or validation.iteration == iteration:
+            return
+        if validation.take(iteration, self._validate_now()):
+            self._on_best(iteration)
+
+    def _fresh_validation(self) -> float | None:
+        validation = self.state.validation
+        if validation is None or validation.iteration != self.state.opt_iteration:
+            return None
+        return validation.loss
+
+    def _stop_early(self) -> None:
+        validation, patience = self.state.validation, self._options.early_stop
+        if validation is None or self._fresh_validation() is None:
+            return
+        moved_on = self.state.opt_iteration > self._first_iteration
+        if moved_on and 0 < patience <= validation.no_improvement:
+            raise _Finish(End.EARLY_STOP)
 
     def _report(self, iteration: int) -> IterationReport:
         shuffle = self.state.shuffle
@@ -299,6 +403,7 @@ class Run:
             first_loss=self._first_loss,
             dt_ms=dt,
             eta_ms=None if dt is None else to_go * dt,
+            validation_loss=self._fresh_validation(),
         )
 
     def _draw(self) -> tuple[IntArray, IntArray]:
@@ -317,13 +422,18 @@ class Run:
                 raise _Finish(End.EPOCHS)
         return inputs, targets
 
+    @property
+    def _n_tokens(self) -> int:
+        """Tokens of an update."""
+        rows = self._batches.options.n_batch * max(1, self._options.grad_acc)
+        return rows * self._batches.options.n_ctx
+
     def _save(self) -> None:
         state = self.state
         updates = state.opt_iteration - self._saved_iteration
-        rows = self._batches.options.n_batch * max(1, self._options.grad_acc)
         state.iterations += updates
-        state.tokens += updates * rows * self._batches.options.n_ctx
-        self._on_save(state.opt_iteration)
+        state.tokens += updates * self._n_tokens
+        self._is_saved = self._on_save(state.opt_iteration) is not False
         self._saved_iteration = state.opt_iteration
 
 
@@ -349,3 +459,6 @@ class _Stopwatch:
 
     def start(self) -> None:
         self._began = self._clock()
+
+    def so_far(self, now: int) -> float:
+        return 0.0 if self._began is None else float(now - self._began)

@@ -11,6 +11,7 @@ import pytest
 
 from engine.errors import OptionError
 from engine.tools import finetune
+from engine.tools.finetune_files import Outputs
 from engine.tools.finetune_options import TABLE, FinetuneOptions, parse
 from engine.tools.options import UsageError
 
@@ -78,6 +79,18 @@ DEFAULTS = {
     "rank_ffn_gate": None,
     "rank_ffn_down": None,
     "rank_ffn_up": None,
+    "rslora": False,
+    "mask_prompt": None,
+    "append_eos": None,
+    "show_sample": False,
+    "val_data": "",
+    "val_split": 0.0,
+    "eval_every": 10,
+    "early_stop": 0,
+    "log_csv": "",
+    "plot": "",
+    "report": True,
+    "dry_run": False,
     "given": frozenset(),
 }
 
@@ -99,6 +112,14 @@ FLAGS = {
     "--enable-restart": ("enable_restart", True),
     "--disable-restart": ("enable_restart", False),
     "--only-write-lora": ("only_write_lora", True),
+    "--rslora": ("rslora", True),
+    "--mask-prompt": ("mask_prompt", True),
+    "--no-mask-prompt": ("mask_prompt", False),
+    "--append-eos": ("append_eos", True),
+    "--no-append-eos": ("append_eos", False),
+    "--show-sample": ("show_sample", True),
+    "--no-report": ("report", False),
+    "--dry-run": ("dry_run", True),
 }
 
 TEXTS = {
@@ -110,6 +131,9 @@ TEXTS = {
     "--sample-start": "sample_start",
     "--model-base": "model_base",
     "--lora-out": "lora_out",
+    "--val-data": "val_data",
+    "--log-csv": "log_csv",
+    "--plot": "plot",
     "--n-gpu-layers": "gpu_layers",
     "-ngl": "gpu_layers",
 }
@@ -181,7 +205,8 @@ def test_every_default_is_the_documented_one():
 
 
 def test_the_expectations_cover_every_spelling():
-    expected = {*FLAGS, *TEXTS, *NUMBERS, *FRACTIONS, "-h", "--help", "--compute"}
+    validation = {"--val-split", "--eval-every", "--early-stop"}
+    expected = {*FLAGS, *TEXTS, *NUMBERS, *FRACTIONS, *validation, "-h", "--help", "--compute"}
     assert {name for row in TABLE.rows for name in row.spellings} == expected
 
 
@@ -332,27 +357,111 @@ def test_layers_for_a_graphics_processor_are_taken_with_two_warnings(folder, cap
     assert lines[2].startswith("error: none.txt: ")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--adam-iter", "56,080"), ("--adam-iter", "32x"), ("--batch", "1.9"), ("--lora-r", "8;"),
+     ("--adam-alpha", "1e-3f"), ("--seed", "0x10"), ("-c", "1 28")],
+)  # fmt: skip
+def test_a_number_with_anything_after_it_is_refused(option, value, capsys):
+    assert finetune.main([option, value]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(
+        f"error: invalid parameter for argument: {option}: '{value}' is not a number: '"
+    )
+    assert captured.err.endswith(TABLE.usage())
+    assert captured.out == ""
+
+
+def test_space_around_a_number_is_no_harm():
+    assert options("--adam-iter", " 12 ").adam_iter == 12
+
+
+def test_validation_is_parsed():
+    parsed = options("--val-split", "0.25", "--eval-every", "3", "--early-stop", "4")
+    assert (parsed.val_split, parsed.eval_every, parsed.early_stop) == (0.25, 3, 4)
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-0.5", "5"])
+def test_a_validation_part_is_between_0_and_1(value):
+    with pytest.raises(OptionError, match=f"--val-split: {value} is not "):
+        options("--val-split", value)
+
+
+@pytest.mark.parametrize("option", ["--eval-every", "--early-stop"])
+def test_validation_options_need_validation_data(option):
+    with pytest.raises(OptionError, match=f"{option}: there is no validation"):
+        options(option, "2")
+    assert options(option, "2", "--val-data", "x")
+
+
+def test_validation_data_come_from_one_place():
+    with pytest.raises(OptionError, match="--val-split: --val-data is given too"):
+        options("--val-split", "0.1", "--val-data", "x")
+
+
+@pytest.mark.parametrize("option", ["--mask-prompt", "--append-eos"])
+def test_plain_text_has_neither_prompts_nor_ends(option, folder, capsys):
+    (folder / "train.txt").write_text("To be, or not to be")
+    assert finetune.main(["--train-data", "train.txt", option]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}: ") and error.count("\n") == 1
+
+
+def test_missing_validation_data_are_refused_before_the_model_is_looked_at(folder, capsys):
+    (folder / "train.txt").write_text("To be, or not to be")
+    assert finetune.main(["--train-data", "train.txt", "--val-data", "none.txt"]) == 1
+    assert capsys.readouterr().err.startswith("error: none.txt: ")
+
+
 def test_outputs_are_probed_by_name_and_leave_nothing_behind(folder):
-    outputs = finetune._Outputs("chk-ITERATION.gguf", "no-such-folder/lora", "ITERATION", "LATEST")
+    outputs = Outputs("chk-ITERATION.gguf", "no-such-folder/lora", "ITERATION", "LATEST")
     with pytest.raises(OptionError, match="--lora-out: no-such-folder/lora: cannot be written"):
         outputs.check(0, [])
     assert os.listdir(folder) == []
 
 
 def test_outputs_that_would_destroy_an_input_are_refused(folder):
-    outputs = finetune._Outputs("chk.gguf", "model.gguf", "ITERATION", "LATEST")
+    outputs = Outputs("chk.gguf", "model.gguf", "ITERATION", "LATEST")
     with pytest.raises(OptionError, match=r"--lora-out: model\.gguf: would overwrite"):
         outputs.check(0, ["./model.gguf"])
 
 
 def test_one_file_cannot_be_checkpoint_and_adapter(folder):
-    outputs = finetune._Outputs("same-ITERATION", "same-ITERATION", "ITERATION", "LATEST")
+    outputs = Outputs("same-ITERATION", "same-ITERATION", "ITERATION", "LATEST")
     with pytest.raises(OptionError, match="--lora-out: same-0: would overwrite"):
         outputs.check(0, [])
 
 
+def test_the_best_adapter_has_a_name_where_the_pattern_has_room():
+    named = Outputs("", "lora-ITERATION.bin", "ITERATION", "LATEST", best=True)
+    assert named.best_name() == "lora-BEST.bin"
+    assert Outputs("", "lora.bin", "ITERATION", "LATEST", best=True).best_name() == ""
+    assert Outputs("", "lora-ITERATION.bin", "ITERATION", "LATEST").best_name() == ""
+
+
+def test_the_latest_adapter_cannot_be_called_like_the_best(folder):
+    outputs = Outputs("", "lora-ITERATION.bin", "ITERATION", "BEST", best=True)
+    with pytest.raises(OptionError, match=r"--fn-latest: lora-BEST\.bin"):
+        outputs.check(0, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("x.bin", "bin"), ("x.gguf", "gguf"), ("x.safetensors", "peft"), ("x/", "peft"), ("x", "bin")],
+)
+def test_the_name_of_an_adapter_says_its_form(name, form):
+    assert Outputs("", name, "ITERATION", "LATEST").form(name) == form
+    assert Outputs("", name, "ITERATION", "LATEST", default_adapter=True).form(name) == "bin"
+
+
+def test_a_log_cannot_be_written_over_another_output(folder):
+    outputs = Outputs("chk.gguf", "", "ITERATION", "LATEST", csv="./chk.gguf")
+    with pytest.raises(OptionError, match=r"--log-csv: \./chk\.gguf: would overwrite"):
+        outputs.check(0, [])
+
+
 def test_output_names_replace_the_first_placeholder_only():
-    outputs = finetune._Outputs("c-ITERATION-ITERATION", "", "ITERATION", "LATEST")
+    outputs = Outputs("c-ITERATION-ITERATION", "", "ITERATION", "LATEST")
     names = outputs.names(outputs.checkpoint, 3)
     assert names == ["c-3-ITERATION", "c-LATEST-ITERATION"]
     assert outputs.names(outputs.adapter, 3) == []

@@ -11,9 +11,10 @@ import pytest
 
 from engine.training.checkpoint import TrainingState
 from engine.training.data import Batches, BatchOptions, Samples, samples_hash
-from engine.training.loop import End, Run, RunOptions
+from engine.training.loop import End, NotFiniteError, Run, RunOptions
 from engine.training.report import bar_text, duration_text, output_name
 from engine.training.schedule import Schedule
+from engine.training.state import ValidationState
 
 from .plain_adamw import PlainAdamW
 
@@ -118,6 +119,7 @@ def bench(
         schedule,
         options,
         on_iteration=lambda report: events.append(("line", report)),
+        on_evaluation=lambda report: events.append(("figures", report)),
         on_reshuffle=lambda epochs: events.append(("reshuffle", epochs)),
         on_end=lambda ms: events.append(("end", ms)),
         on_save=save,
@@ -197,7 +199,7 @@ def test_no_updates_are_one_evaluation_one_line_and_no_save():
     b = bench(options=RunOptions(adam_iter=0))
     b.run.run()
     kinds = [event[0] for event in b.events]
-    assert kinds == ["line", "evaluate", "end"]
+    assert kinds == ["line", "evaluate", "figures", "end"]
 
 
 # Saving
@@ -407,11 +409,163 @@ def test_no_better_loss_for_long_ends_the_run():
     assert (b.state.best_loss, b.state.no_improvement) == (3.0, 3)
 
 
-@pytest.mark.parametrize("loss", [float("nan"), 0.0, float("inf")])
-def test_losses_that_cannot_be_compared_end_nothing(loss):
+def test_losses_of_zero_cannot_be_compared_and_end_nothing():
     options = RunOptions(adam_iter=6, adam_epsf=0.5, opt_delta=0.5)
-    b = bench(options=options, losses=[loss], n_past=1)
+    b = bench(options=options, losses=[0.0], n_past=1)
     assert b.run.run().end is End.ITERATIONS
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_raises_and_saves_nothing_more(loss):
+    losses = [3.0, 3.0, 3.0, 3.0, 3.0, loss]
+    b = bench(options=RunOptions(adam_iter=9, save_every=3), losses=losses)
+    with pytest.raises(NotFiniteError, match=f"iteration 5: the loss is {loss}") as caught:
+        b.run.run()
+    assert caught.value.iteration == 5
+    assert b.told("save") == [3]
+
+
+def test_a_gradient_that_is_not_finite_raises_before_it_is_used():
+    b = bench(options=RunOptions(adam_iter=9, grad_acc=2))
+    good = b.evaluate
+
+    class Spoiled:
+        calls = 0
+
+        def __call__(self, *arguments):
+            loss = good(*arguments)
+            self.calls += 1
+            if self.calls == 6:
+                good.grad[2] = np.inf
+            return loss
+
+    b.run._evaluate_batch = Spoiled()
+    with pytest.raises(NotFiniteError, match="iteration 2: the gradient is not finite"):
+        b.run.run()
+    assert np.isfinite(b.x).all() and np.isfinite(b.state.m).all()
+
+
+# Figures of evaluations
+
+
+def test_an_evaluation_tells_the_loss_of_its_own_weights():
+    b = bench(options=RunOptions(adam_iter=3, grad_acc=2))
+    b.run.run()
+    reports = b.told("figures")
+    assert [r.iteration for r in reports] == [0, 1, 2, 3]
+    assert [r.loss for r in reports[:3]] == [line.loss for line in b.told("line")[1:]]
+    assert [r.sched for r in reports] == [line.sched for line in b.told("line")]
+    assert [r.samples for r in reports] == [8, 16, 24, 32]
+    assert [r.tokens for r in reports] == [32, 64, 96, 128]
+    assert {r.n_tokens for r in reports} == {32}
+    assert {r.validation_loss for r in reports} == {None}
+    assert {r.tokens_per_second for r in reports} == {0.0}
+
+
+def test_the_norm_of_the_gradient_is_told_before_it_is_clipped():
+    b = bench(options=RunOptions(adam_iter=0))
+    b.run.run()
+    # The one evaluation leaves its gradient: no update has taken it.
+    assert b.told("figures")[0].gradient_norm == pytest.approx(np.linalg.norm(b.evaluate.grad))
+
+
+def test_figures_of_a_resumed_run_go_on_where_the_saved_run_was():
+    whole = bench(options=RunOptions(adam_iter=6, save_every=3))
+    whole.run.run()
+    state, x = copy.deepcopy(whole.saves[3])
+    again = bench(options=RunOptions(adam_iter=3), state=state, x=x)
+    again.run.run()
+    assert again.told("figures") == [r for r in whole.told("figures") if r.iteration >= 3]
+
+
+# Validation
+
+
+def validated(losses, options, state=None):
+    """A run whose validation losses are given; returns it with what was the best when."""
+    if state is None:
+        state = TrainingState.fresh(N_PARAMETERS)
+        state.shuffle.restart(made_samples(), 5)
+        state.validation = ValidationState(samples_hash=9)
+    b = bench(options=options, state=state)
+    script = Script(losses)
+    b.run._validate_now = lambda: script(None, None, 1.0)
+    b.run._on_best = lambda iteration: b.events.append(("best", iteration))
+    return b
+
+
+def validations(b):
+    return {r.iteration: r.validation_loss for r in b.told("line") if r.validation_loss is not None}
+
+
+def test_validation_comes_every_so_often_and_at_the_end():
+    b = validated([5.0, 4.0, 4.5, 3.0], RunOptions(adam_iter=7, eval_every=3))
+    b.run.run()
+    assert validations(b) == {0: 5.0, 3: 4.0, 6: 4.5, 7: 3.0}
+    assert b.told("best") == [0, 3, 7]
+    figures = {r.iteration: r.validation_loss for r in b.told("figures")}
+    assert figures == {**dict.fromkeys(range(8)), 0: 5.0, 3: 4.0, 6: 4.5, 7: 3.0}
+
+
+def test_without_eval_every_only_the_end_is_validated():
+    b = validated([5.0], RunOptions(adam_iter=4, eval_every=0))
+    b.run.run()
+    assert validations(b) == {4: 5.0}
+
+
+def test_a_save_holds_the_validation_loss_of_its_iteration():
+    b = validated([5.0, 4.0, 4.5], RunOptions(adam_iter=5, eval_every=2, save_every=2))
+    b.run.run()
+    saved = b.saves[2][0].validation
+    assert (saved.iteration, saved.loss, saved.best_loss, saved.no_improvement) == (2, 4.0, 4.0, 0)
+    saved = b.saves[4][0].validation
+    assert (saved.iteration, saved.loss, saved.best_loss, saved.no_improvement) == (4, 4.5, 4.0, 1)
+
+
+def test_an_end_by_another_test_is_validated_before_it_is_saved():
+    options = RunOptions(adam_iter=50, epochs=1, save_every=0, eval_every=0)
+    b = validated([5.0], options)
+    assert b.run.run().end is End.EPOCHS
+    (saved,) = b.saves.values()
+    assert saved[0].validation.iteration == b.state.opt_iteration
+
+
+def test_no_better_validation_loss_for_long_ends_the_run():
+    losses = [5.0, 4.0, 4.125, 4.25, 1.0]
+    b = validated(losses, RunOptions(adam_iter=50, eval_every=2, early_stop=2))
+    result = b.run.run()
+    assert (result.end, result.iteration) == (End.EARLY_STOP, 6)
+    assert validations(b) == {0: 5.0, 2: 4.0, 4: 4.125, 6: 4.25}
+    assert b.told("save") == [6]
+
+
+def test_a_resumed_run_goes_on_with_its_validation():
+    losses = [5.0, 4.0, 4.125, 4.25, 4.5]
+    options = RunOptions(adam_iter=50, eval_every=2, save_every=4, early_stop=3)
+    whole = validated(losses, options)
+    whole.run.run()
+    state, _ = copy.deepcopy(whole.saves[4])
+    again = validated(losses[3:], options, state)
+    assert (again.run.run().end, again.run.state.opt_iteration) == (End.EARLY_STOP, 8)
+    assert validations(again) == {4: 4.125, 6: 4.25, 8: 4.5}
+
+
+def test_validation_leaves_no_trace_in_the_training():
+    plain = bench(options=RunOptions(adam_iter=9))
+    plain.run.run()
+    b = validated([5.0], RunOptions(adam_iter=9, eval_every=1))
+    b.run.run()
+    assert np.array_equal(b.x, plain.x)
+    assert b.state.shuffle == plain.state.shuffle
+
+
+def test_a_save_that_failed_is_tried_again_at_the_end():
+    b = bench(options=RunOptions(adam_iter=4, save_every=2))
+    tries = []
+    b.run._on_save = lambda iteration: (tries.append(iteration), len(tries) != 2)[1]
+    b.run.run()
+    assert tries == [2, 4, 4]
+    assert (b.state.iterations, b.state.tokens) == (4, 64)
 
 
 # Stopping on request
@@ -458,8 +612,9 @@ class Ticks:
 
 
 def test_times_are_smoothed_and_saving_is_not_measured():
-    # begin | line 0 | stop, start of iterations 1, 2 and 3 | end. Iteration 2 saves for 900 ms.
-    clock = Ticks([0, 10, 110, 110, 310, 1210, 1310, 1310, 1400])
+    # begin | start of line 0, end of its evaluation | stop and start of iterations 1, 2 and 3,
+    # end of their evaluations | end. Iteration 2 saves for 900 ms.
+    clock = Ticks([0, 10, 90, 110, 110, 290, 310, 1210, 1300, 1310, 1310, 1390, 1400])
     b = bench(options=RunOptions(adam_iter=3, save_every=2), clock=clock)
     b.run.run()
     lines = b.told("line")
@@ -469,6 +624,10 @@ def test_times_are_smoothed_and_saving_is_not_measured():
     assert [line.dt_ms for line in lines[1:]] == pytest.approx([100, smoothed, last])
     assert [line.eta_ms for line in lines[1:]] == pytest.approx([200, smoothed, 0])
     assert b.told("end") == [1400.0]
+    figures = b.told("figures")
+    assert [f.evaluation_ms for f in figures] == [80, 180, 90, 80]
+    assert [f.elapsed_ms for f in figures] == [90, 290, 1300, 1390]
+    assert figures[0].tokens_per_second == 16 / 0.080
 
 
 def test_a_clock_that_has_not_ticked_tells_no_time():

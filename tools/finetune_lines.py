@@ -1,0 +1,79 @@
+"""Where the lines of a run of `finetune` go.
+
+The original's lines go to standard output; remarks to standard error, where a terminal also shows
+one line of progress that is written over and over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+
+from .console import discard_output, note, say
+
+_ERASE = "\r\x1b[K"
+
+
+class Lines:
+    """Writes lines, and keeps the line of progress out of their way.
+
+    Attributes
+    ----------
+    stop : threading.Event
+        Set when the run is to end: on request, or because nobody reads standard output any more.
+    closed : bool
+        Nobody reads standard output any more.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.closed = False
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = ""
+
+    def say(self, line: str) -> None:
+        """Print a line; once nobody listens any more the run is brought to its end."""
+        if self.closed:
+            return
+        self._erase()
+        try:
+            say(line)
+        except BrokenPipeError:
+            discard_output()
+            self.closed = True
+            self.stop.set()
+        self._draw()
+
+    def say_bytes(self, name: str, n_bytes: int) -> None:
+        """Print a size in the original's words."""
+        self.say(f"main: {name} = {n_bytes} bytes ({n_bytes / 2**20:.1f} MB)")
+
+    def note(self, line: str) -> None:
+        """Write a remark to standard error."""
+        self._erase()
+        note(line)
+        self._draw()
+
+    def progress(self, text: str) -> None:
+        """Show how far the run is, on a terminal; empty: nothing."""
+        if not self._terminal:
+            return
+        self._erase()
+        width = shutil.get_terminal_size().columns - 1
+        self._shown = text[:width]
+        self._draw()
+
+    def _erase(self) -> None:
+        if self._shown:
+            note(_ERASE, end="")
+
+    def _draw(self) -> None:
+        if self._shown:
+            note(self._shown, end="")
+
+
+def is_terminal_output() -> bool:
+    """Whether standard output is a terminal that may be coloured."""
+    return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
