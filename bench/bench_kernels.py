@@ -1,7 +1,7 @@
 """Kernels one by one, each checked against plain arithmetic on the very buffers that are timed.
 
-Percent of peak is of float32 multiply-adds, or of reads from memory, measured in the same run by the same
-variant.
+Percent of peak is of float32 multiply-adds, or of reads from memory, measured in the same run by
+the same variant.
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ def test_cross_entropy(report, isa):
     n_tokens, n_vocab = 64, 49152
     graph = Graph(THREADS, isa)
     logits = ops.zero(graph, "logits", n_tokens, n_vocab)
-    loss, _ = ops.cross_entropy(
-        graph, logits, np.zeros(n_tokens, np.int32), np.ones(1, np.float32)
-    )
+    loss, _ = ops.cross_entropy(graph, logits, np.zeros(n_tokens, np.int32), np.ones(1, np.float32))
     graph.keep(loss)
     graph.run()
     assert np.allclose(loss.numpy(), np.log(n_vocab), atol=1e-4)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,10 @@ def processor() -> str:
 
 
 def machine_kind() -> str:
-    """Short name of the kind of machine: maker, best variant, tiles or not."""
+    """Short name of the kind of machine: maker and best variant."""
     text = Path("/proc/cpuinfo").read_text()
     maker = "amd" if "AuthenticAMD" in text else "intel" if "GenuineIntel" in text else "other"
-    return f"{maker}-{isas()[0]}" + ("-with-amx" if "amx_bf16" in text else "")
+    return f"{maker}-{isas()[0]}"
 
 
 def inference(model: Model) -> tuple[float, float]:
@@ -80,7 +81,7 @@ def finetune(model: Path, *options: str) -> tuple[float, float]:
                     stamps.append(time.perf_counter())
         if process.returncode:
             raise SystemExit(f"finetune ended with status {process.returncode}")
-    seconds = statistics.median(b - a for a, b in zip(stamps[1:], stamps[2:], strict=False))
+    seconds = statistics.median(b - a for a, b in pairwise(stamps[1:]))
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 

@@ -1,4 +1,4 @@
-"""Peaks of this machine, measured before the first kernel, and what a benchmark reports beside its time."""
+"""Peaks of this machine, measured before the first kernel, and what stands beside a time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def isa(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def peak(isa: str) -> Iterator[Peak]:
     found = measure_peak(isa)
-    print(f"\n{isa}, {THREADS} threads: {found.gflops:.0f} GFLOP/s, {found.gbytes:.1f} GB/s of reads")
+    print(f"\n{isa}, {THREADS} threads: {found.gflops:.0f} GFLOP/s, reads {found.gbytes:.1f} GB/s")
     yield found
 
 

@@ -17,6 +17,7 @@ class Node:
 
 class Graph:
     segment: object
+    pairs: bool
     partner: bool
     def __new__(cls, n_threads: int = 1, isa: str | None = None) -> Graph: ...
     @property

@@ -82,7 +82,7 @@ def has_pairs(isa=None) -> bool:
 def prefers_pairs(isa=None) -> bool:
     """Whether bf16 pairs are the faster way to multiply on this machine.
 
-    Matrix tiles are; where pairs are multiplied by vectors the two instructions are timed once (some 50 us), for
+    Matrix tiles are. Where vectors multiply pairs, the two instructions are timed once (50 us), for
     processors differ: twice the rate of float32 multiply-adds on one, half of it on another.
     """
     cdef const kernels *k = table(isa)
@@ -93,7 +93,7 @@ def prefers_pairs(isa=None) -> bool:
 
 
 cdef bint pairs_win(const kernels *k) noexcept:
-    """A pair product does twice the work of a multiply-add, so it wins unless it takes over twice as long."""
+    """A pair product does twice the work of a multiply-add: it may take nearly twice as long."""
     return 2 * fastest(k.probe_fma) > fastest(k.probe_pairs) * 1.2
 
 

@@ -15,9 +15,9 @@ from engine.graph cimport Graph, Node
 from engine.kernels cimport (
     ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, add_args, attention_args,
     attention_back_args, cache_store_args, cross_entropy_args, embed_args, kernels, linear_args,
-    linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args, lora_scatter_args,
-    lora_up_args, op_fn, probe_args, rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args,
-    silu_mul_back_args, zero_args,
+    linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args,
+    lora_scatter_args, lora_up_args, op_fn, probe_args, rms_norm_args, rms_norm_back_args,
+    rope_args, silu_mul_args, silu_mul_back_args, zero_args,
 )
 from engine.tensor cimport Tensor
 from libc.stdint cimport int32_t, int64_t
@@ -47,7 +47,10 @@ cdef Tensor result(str name, int64_t rows, int64_t cols):
 
 
 cdef bint in_pairs(Tensor w, bint partner, bint pairs):
-    """Whether products with w go in bf16 pairs: never F32 weights; in inference, none that bf16 would change."""
+    """Whether products with w go in bf16 pairs.
+
+    Never with F32 weights; in inference, not with any that bf16 would change.
+    """
     return pairs and w.type != F32 and (w.type == BF16 or not partner)
 
 
@@ -82,7 +85,9 @@ cdef class Linear(Node):
 
     cdef linear_args a
 
-    def __init__(self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner, bint pairs):
+    def __init__(
+        self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner, bint pairs
+    ):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
         require(x.type == F32, f"{x.name}: activations must be F32")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")

@@ -30,7 +30,8 @@ clean_build() {
 
 compiled_modules_match_their_stubs() {
     python setup.py --quiet build_clib build_ext --inplace &&
-        PYTHONPATH=$PWD stubtest engine --concise --ignore-disjoint-bases --allowlist tests/stubtest_allowlist.txt
+        PYTHONPATH=$PWD stubtest engine --concise --ignore-disjoint-bases --allowlist tests/stubtest_allowlist.txt \
+            --mypy-config-file pyproject.toml
 }
 
 check ruff ruff check

@@ -119,6 +119,7 @@ class _Job:
         self._check_outputs(model, adapter, state, data)
         self._tell_sizes(model, adapter, state, n_ctx)
         saver = Saver(self.outputs, model, adapter, state, n_ctx, lines.say, lines.note)
+        saver.last_checkpoint = checkpoint.path if checkpoint else ""
         if data is None:
             for name in self.outputs.names(self.outputs.adapter, state.opt_iteration):
                 saver.write_adapter(name)

@@ -162,7 +162,7 @@ class Saver:
     problem : str
         What the last save failed at; empty when it did not.
     last_checkpoint : str
-        Name of the last one written.
+        Name of the last good one, read or written.
     """
 
     def __init__(

@@ -143,7 +143,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """Read ``{% generation %}``, by which newer templates frame answers; it changes no text."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012 - the base class wants a set
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

@@ -1,4 +1,4 @@
-"""Forward and backward pass of a batch: the model's graph, its loss, and the adapters' gradients."""
+"""Forward and backward pass of a batch: the graph, its loss, and the adapters' gradients."""
 
 from __future__ import annotations
 

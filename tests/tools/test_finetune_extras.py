@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +182,7 @@ def test_validation_data_are_a_file_of_their_own(train):
     assert status == 0
     assert [int(i) for i, _ in VALIDATION.findall(out)] == [3]
     assert "main: number of validation tokens: " in out
-    assert not Path("lora-BEST.bin").read_bytes() == b""
+    assert Path("lora-BEST.bin").read_bytes() == Path("lora-3.bin").read_bytes()
 
 
 # ---------------------------------------------------------------- logs
@@ -302,12 +301,12 @@ def test_a_dry_run_counts_the_updates_of_epochs(train):
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_a_plan_that_exceeds_the_memory_is_refused(train, folder, monkeypatch, option):
-    limit = MemoryLimit(6 << 20, "the control group")
+    limit = MemoryLimit(3 << 20, "the control group")
     monkeypatch.setattr(resources, "available_memory", lambda: limit)
     status, _, err = train(*option, "--batch", "3")
     assert status == 1
     assert re.fullmatch(
-        r"error: training needs \S+ MB of memory, the control group has 6\.0 MB left; lower"
+        r"error: training needs \S+ MB of memory, the control group has 3\.0 MB left; lower"
         r" --batch \(3\), --ctx \(16\), --lora-r \(4\)\n",
         err,
     )
@@ -469,7 +468,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(tr
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert re.match(
         r"error: iteration 3: the loss is (nan|inf); the gradient of \S+\.weight\.lora_[ab] is the"
-        r" first that is not finite; nothing was saved; ",
+        r" first that is not finite; go on from chk-2\.gguf; ",
         line,
     )
     assert Path("chk-2.gguf").read_bytes() == good
@@ -533,8 +532,3 @@ def test_a_save_that_works_again_is_all_that_counts(train, monkeypatch):
     assert err.count("warning: ") == 2
     assert tries == ["chk-2.gguf", "chk-LATEST.gguf", "chk-4.gguf", "chk-LATEST.gguf"]
     assert read_checkpoint("chk-LATEST.gguf").state.opt_iteration == 4
-
-
-def test_matplotlib_is_only_looked_for_when_it_is_needed(train):
-    assert train("--adam-iter", "2")[0] == 0
-    assert "matplotlib" not in sys.modules or find_spec("matplotlib") is not None

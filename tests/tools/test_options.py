@@ -156,6 +156,14 @@ def test_the_leading_number_is_taken_and_the_rest_is_told(value, number, shown):
     assert parsed.warnings == told
 
 
+@pytest.mark.parametrize("value", ["32x", "1.9", "56,080"])
+def test_a_strict_table_refuses_what_stands_after_a_number(value):
+    strict = OptionTable(TABLE.program, TABLE.rows, strict_numbers=True)
+    assert strict.parse(["-n", " 7 "]).values["number"] == 7
+    with pytest.raises(UsageError, match=f"argument: -n: '{value}' is not a number: '"):
+        strict.parse(["-n", value])
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "rest"),
     [("1e-3", 1e-3, ""), (".5", 0.5, ""), ("2.", 2.0, ""), ("-3.5abc", -3.5, "abc"), ("1e", 1, "e"),

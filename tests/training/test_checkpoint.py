@@ -12,7 +12,7 @@ from engine.errors import EngineError, FormatError, ShapeError
 from engine.gguf import ValueType, read_gguf, write_gguf
 from engine.lora import Adapter, check_fits, read_adapter, table_names
 from engine.mt19937 import MT19937
-from engine.training.checkpoint import TrainingState, read_checkpoint, write_checkpoint
+from engine.training.checkpoint import read_checkpoint, write_checkpoint
 from engine.training.data import ShuffleState
 from engine.training.moments import (
     MomentOrder,
@@ -21,6 +21,7 @@ from engine.training.moments import (
     moments_from_file,
     moments_to_file,
 )
+from engine.training.state import TrainingState, ValidationState
 
 LEFT, RIGHT = MomentOrder.LEFT_TO_RIGHT, MomentOrder.RIGHT_TO_LEFT
 
@@ -235,6 +236,31 @@ def test_another_r_or_alpha_is_kept_in_keys_behind_the_others(rng, tmp_path, r, 
     assert (read.has_header, read.adapter.r, read.adapter.alpha) == (True, r, alpha)
     with read_gguf(tmp_path / "x.gguf") as file:
         assert list(file.metadata)[-2:] == ["training.lora.r", "training.lora.alpha"]
+
+
+def test_a_scale_by_the_root_of_r_is_kept_even_when_r_and_alpha_say_nothing(rng, tmp_path):
+    adapter, state = small(rng)
+    adapter.rslora = True
+    write_checkpoint(tmp_path / "x.gguf", state, adapter, Sizes(), 32)
+    read = read_checkpoint(tmp_path / "x.gguf").adapter
+    assert (read.rslora, read.r, read.alpha, read.scale) == (True, 4, 4, 2)
+
+
+def test_a_validation_loss_is_kept_in_keys_behind_the_others(rng, tmp_path):
+    adapter, state = small(rng, r=8)
+    state.validation = ValidationState(2**63 + 9)
+    write_checkpoint(tmp_path / "x.gguf", state, adapter, Sizes(), 32)
+    assert read_checkpoint(tmp_path / "x.gguf").state.validation is None  # none taken yet
+    for iteration, loss in ((5, 3.3), (10, 2.1), (12, 2.2)):
+        state.validation.take(iteration, loss)
+    write_checkpoint(tmp_path / "x.gguf", state, adapter, Sizes(), 32)
+    read = read_checkpoint(tmp_path / "x.gguf").state.validation
+    assert read == state.validation
+    assert (read.iteration, read.no_improvement) == (12, 1)
+    assert (read.loss, read.best_loss) == (np.float32(2.2), np.float32(2.1))
+    with read_gguf(tmp_path / "x.gguf") as file:
+        names = [key for key in file.metadata if key.startswith("training.validation.")]
+        assert list(file.metadata)[-len(names) :] == names
 
 
 def test_the_rope_scale_is_stored_as_its_reciprocal(rng, tmp_path):
