@@ -119,7 +119,8 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
             group = []
             groups.append(group)
         group.append(node)
-    last = nodes[len(nodes) - 1].segment if nodes else None
+    segments = [(<Node>node).segment for node in nodes if (<Node>node).segment is not None]
+    last = segments[len(segments) - 1] if segments else None
     for group in reversed(groups):
         segment = group[0].segment
         if checkpoints and segment is not None and segment != last:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Iterator, Sequence
@@ -114,9 +113,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with target.open("wb") as device:
                 yield device
             return
-        temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
+        # One name a target: what a killed process left is overwritten by the next, not gathered.
+        temporary = target.with_name(f".{target.name[:200]}.tmp")
         try:
-            with temporary.open("xb") as file:
+            with temporary.open("wb") as file:
                 if target.exists():
                     os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 yield file

@@ -33,4 +33,5 @@ cdef class Graph:
     cdef char *scratch_start
 
     cdef dict place(self)
-    cdef int set_barriers(self) except -1
+    cdef int lower(self, step *steps, void *shared) except -1
+    cdef int set_barriers(self, step *steps) except -1

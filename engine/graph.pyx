@@ -18,6 +18,7 @@ from libc.stdlib cimport calloc, free
 
 cdef enum:
     ALIGNMENT = 64
+    MAX_THREADS = 512
 
 
 cdef char *aligned(object owner):
@@ -54,7 +55,7 @@ cdef class Node:
 
 
 cdef class Places:
-    """First-fit allocation of an arena's bytes over time."""
+    """Best-fit allocation of an arena's bytes over time."""
 
     cdef list free_          # (start, size), by start
     cdef readonly int64_t end
@@ -118,8 +119,8 @@ cdef class Graph:
     """
 
     def __cinit__(self, int n_threads=1, isa=None):
-        if n_threads < 1:
-            raise ShapeError(f"{n_threads} threads cannot run a graph")
+        if not 1 <= n_threads <= MAX_THREADS:
+            raise ShapeError(f"{n_threads} threads: from 1 to {MAX_THREADS} can be used")
         self.nodes = []
         self.kept = set()
         self.n_threads = n_threads
@@ -135,7 +136,7 @@ cdef class Graph:
         """Make a node of class `kind` and append it; returns its outputs."""
         cdef Node node = kind(*args)
         cdef Tensor tensor
-        if self.steps != NULL:
+        if self.arena is not None:
             raise ShapeError("a planned graph takes no more nodes")
         node.segment = self.segment
         needs = any([(<Tensor>t).needs_grad for t in node.inputs])
@@ -188,7 +189,7 @@ cdef class Graph:
         self.arena_bytes = places.end
         return starts
 
-    cdef int set_barriers(self) except -1:
+    cdef int set_barriers(self, step *steps) except -1:
         """A step waits if it reads what was written, or writes what was touched, since then."""
         cdef Node node
         cdef Tensor tensor
@@ -199,7 +200,7 @@ cdef class Graph:
             if node.shared != NULL:
                 w.append((<size_t>node.shared, <size_t>node.shared + 1))
             if i > 0 and (overlap(r, writes) or overlap(w, writes) or overlap(w, reads)):
-                self.steps[i].barrier = 1
+                steps[i].barrier = 1
                 reads, writes = [], []
             reads += r
             writes += w
@@ -217,8 +218,9 @@ cdef class Graph:
         cdef Tensor tensor
         cdef int64_t shared = 0
         cdef char *start
-        if self.steps != NULL:
-            raise ShapeError("the graph is planned already")
+        cdef step *steps
+        if self.arena is not None:
+            raise ShapeError("a graph is planned once")
         starts = self.place()
         for node in self.nodes:
             shared = max(shared, node.shared_bytes())
@@ -227,26 +229,38 @@ cdef class Graph:
         for tensor, offset in starts.items():
             tensor.data = start + <int64_t>offset
             tensor.owner = self.arena
-        self.steps = <step *>calloc(max(len(self.nodes), 1), sizeof(step))
-        if self.steps == NULL:
+        self.scratch = np.empty(self.scratch_bytes + ALIGNMENT, np.uint8)
+        self.scratch_start = aligned(self.scratch)
+        self.arena_bytes += shared
+        steps = <step *>calloc(max(len(self.nodes), 1), sizeof(step))
+        if steps == NULL:
             raise MemoryError
+        try:
+            self.lower(steps, start + self.arena_bytes - shared)
+        except BaseException:
+            free(steps)
+            raise
+        self.n_steps = len(self.nodes)
+        self.steps = steps
+
+    cdef int lower(self, step *steps, void *shared) except -1:
+        """Fill the steps: kernel, arguments, barrier."""
+        cdef Node node
+        cdef Tensor tensor
         for i, node in enumerate(self.nodes):
             for tensor in node.inputs + node.outputs:
                 if tensor.base is not None:
                     settle(tensor)
-            node.shared = start + self.arena_bytes if node.shared_bytes() else NULL
-            self.steps[i].run = node.lower(self.table)
-            self.steps[i].args = node.args
-        self.arena_bytes += shared
-        self.n_steps = len(self.nodes)
-        self.set_barriers()
-        self.scratch = np.empty(self.n_threads * WORKER_SCRATCH + ALIGNMENT, np.uint8)
-        self.scratch_start = aligned(self.scratch)
+            node.shared = shared if node.shared_bytes() else NULL
+            steps[i].run = node.lower(self.table)
+            steps[i].args = node.args
+        self.set_barriers(steps)
+        return 0
 
     @property
     def scratch_bytes(self) -> int:
         """Working space of all workers."""
-        return self.n_threads * WORKER_SCRATCH
+        return <int64_t>self.n_threads * WORKER_SCRATCH
 
     @property
     def probe_flops(self) -> int:

@@ -23,9 +23,11 @@ cdef extern from "kernels.h" nogil:
         ATTENTION_MAX_DIM
         ATTENTION_MAX_GROUP
         GEMV_TOKENS
+        MAX_ROW
         PROBE_FMA_FLOPS
         N_VARIANTS
     int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
+    int64_t back_packed_bytes(int64_t n_tokens, int64_t n_out)
 
     struct embed_args:
         int64_t n_tokens, n_cols

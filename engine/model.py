@@ -60,7 +60,6 @@ class Model:
         cls,
         path: Path | str,
         *,
-        n_threads: int | None = None,
         check_tensors: bool = False,
         rms_eps: float | None = None,
         rope_freq_base: float | None = None,
@@ -71,8 +70,6 @@ class Model:
         Parameters
         ----------
         path : path of a GGUF file
-        n_threads : int, optional
-            Not used yet by loading, which is lazy; accepted for symmetry with contexts.
         check_tensors : bool
             Look at every value for infinities and NaN.
         rms_eps, rope_freq_base, rope_freq_scale : float, optional
@@ -87,7 +84,7 @@ class Model:
         """
         file = read_gguf(path)
         if file.kind != "model":
-            raise FormatError(f"{path}: this is an {file.kind} file, a model is needed")
+            raise FormatError(f"{path}: holds no model but one {file.kind}; give a model")
         architecture = file.get_str("general.architecture")
         module = ARCHITECTURES.get(architecture)
         if module is None:

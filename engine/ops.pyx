@@ -13,11 +13,11 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, add_args, attention_args,
-    attention_back_args, cache_store_args, cross_entropy_args, embed_args, kernels, linear_args,
-    linear_back_args, linear_packed_bytes, lora_down_args, lora_gather_args, lora_outer_args,
-    lora_scatter_args, lora_up_args, op_fn, probe_args, rms_norm_args, rms_norm_back_args,
-    rope_args, silu_mul_args, silu_mul_back_args, zero_args,
+    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, add_args, attention_args,
+    attention_back_args, back_packed_bytes, cache_store_args, cross_entropy_args, embed_args,
+    kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args,
+    lora_gather_args, lora_outer_args, lora_scatter_args, lora_up_args, op_fn, probe_args,
+    rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args, silu_mul_back_args, zero_args,
 )
 from engine.tensor cimport Tensor
 from libc.stdint cimport int32_t, int64_t
@@ -26,7 +26,6 @@ cdef enum:
     F32 = 0
     F16 = 1
     BF16 = 30
-    MAX_ROW = 57344   # longest reduction for which a worker's scratch holds a tile of rows
 
 
 cdef int require(bint condition, str message) except -1:
@@ -145,7 +144,7 @@ cdef class LinearBack(Node):
 
     cdef int64_t shared_bytes(self) except -1:
         cdef Tensor dy = self.inputs[0]
-        return dy.rows * (dy.cols + 1) * 2 if self.pairs() else 0
+        return back_packed_bytes(dy.rows, dy.cols) if self.pairs() else 0
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
@@ -382,7 +381,7 @@ cdef class Rope(Node):
     cdef rope_args a
 
     def __init__(self, Tensor x, positions, tables, int64_t n_head, int sign, bint round_f16):
-        require(x.cols % n_head == 0, f"{x.cols} columns are not {n_head} heads")
+        require(n_head > 0 and x.cols % n_head == 0, f"{x.cols} columns are not {n_head} heads")
         n_rot, head_dim = tables[0].shape[1], x.cols // n_head
         fits = n_rot % 2 == 0 and n_rot <= head_dim
         require(fits, f"{n_rot} rotated dimensions in heads of {head_dim}")
@@ -525,6 +524,7 @@ cdef class CacheStore(Node):
 
     def __init__(self, Tensor x, Tensor cache, n_past):
         require(x.cols == cache.cols, f"{cache.name}: rows of {cache.cols} meet {x.cols}")
+        require(cache.type in (F32, F16), f"{cache.name}: a cache is F32 or F16")
         self.inputs = (x,)
         self.outputs = (cache,)
 
@@ -550,6 +550,7 @@ cdef class Attention(Node):
         self, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
         float scale, n_past
     ):
+        require(n_seq > 0 and n_head > 0 and n_head_kv > 0, "there must be sequences and heads")
         head_dim = q.cols // n_head
         fits = head_dim * n_head == q.cols and head_dim * n_head_kv == k.cols == v.cols
         require(fits, "heads do not fit the columns")
@@ -578,7 +579,8 @@ cdef class Attention(Node):
         return table.attention
 
     def gradient(self, grads):
-        q, k, v, n_seq, n_head, n_head_kv, scale, _ = self.recipe
+        q, k, v, n_seq, n_head, n_head_kv, scale, n_past = self.recipe
+        require(n_past is None, "attention over a cache has no gradient")
         dout = grads[self.outputs[0]]
         dq, dk, dv = grads.graph.add(
             AttentionBack, q, k, v, *self.outputs, dout, n_seq, n_head, n_head_kv, scale)[:3]

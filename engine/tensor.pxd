@@ -14,4 +14,4 @@ cdef class Tensor:
     cdef readonly Tensor grad       # for a parameter: where its gradient is summed
 
     cdef int64_t n_bytes(self)
-    cdef float *floats(self) noexcept
+    cdef float *floats(self) except? NULL

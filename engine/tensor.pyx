@@ -45,7 +45,10 @@ cdef class Tensor:
             If `array` has fewer bytes than that.
         """
         cdef Tensor self = Tensor(name, rows, cols, type)
-        flat = np.asarray(array).reshape(-1).view(np.uint8)
+        array = np.asarray(array)
+        if not array.flags.c_contiguous:
+            raise ShapeError(f"tensor {name}: its memory is not contiguous")
+        flat = array.reshape(-1).view(np.uint8)
         if flat.nbytes < self.n_bytes():
             raise ShapeError(
                 f"tensor {name}: {self.n_bytes()} bytes expected, there are {flat.nbytes}"
@@ -93,7 +96,9 @@ cdef class Tensor:
     cdef int64_t n_bytes(self):
         return self.rows * row_offset(self.type, self.cols)
 
-    cdef float *floats(self) noexcept:
+    cdef float *floats(self) except? NULL:
+        if self.type != 0:
+            raise ShapeError(f"tensor {self.name}: its elements must be F32")
         return <float *>self.data
 
     @property

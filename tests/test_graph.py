@@ -296,7 +296,7 @@ def test_a_planned_graph_takes_no_more_nodes() -> None:
     graph.plan()
     with pytest.raises(ShapeError, match="takes no more nodes"):
         ops.add(graph, x, x)
-    with pytest.raises(ShapeError, match="planned already"):
+    with pytest.raises(ShapeError, match="planned once"):
         graph.plan()
 
 

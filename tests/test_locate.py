@@ -77,11 +77,16 @@ def test_an_unknown_name_is_refused_with_a_hint(site: Path, name: str) -> None:
     assert str(error.value).startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize("name", ["nothing.gguf", "models/nothing", "", "x" * 5000 + "/y"])
+@pytest.mark.parametrize("name", ["nothing.gguf", "models/nothing", "x" * 5000 + "/y"])
 def test_a_missing_path_is_refused_without_a_hint(site: Path, name: str) -> None:
     with pytest.raises(EngineError, match="file not found") as error:
         locate_model(name)
     assert "pip" not in str(error.value)
+
+
+def test_no_name_at_all_is_refused_as_such(site: Path) -> None:
+    with pytest.raises(EngineError, match="no model is named"):
+        locate_model("")
 
 
 def test_a_folder_is_refused_as_one(site: Path) -> None:

@@ -134,7 +134,6 @@ class _Job:
         options = self.options
         model = Model.load(
             path,
-            n_threads=self._threads(),
             rms_eps=options.norm_rms_eps,
             rope_freq_base=options.rope_freq_base,
             rope_freq_scale=options.rope_freq_scale,

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from engine.errors import OptionError
 
-from .options import Option, OptionTable, Parsed, choice, in_group, real, seed, text, whole
+from .options import (
+    MAX_THREADS,
+    Option,
+    OptionTable,
+    Parsed,
+    choice,
+    in_group,
+    real,
+    seed,
+    text,
+    whole,
+)
 
 CLOCK_SEED = 2**32 - 1
 
@@ -177,7 +188,7 @@ _RUN = in_group(
            default=1),
     Option(("-t", "--threads"), "threads",
            "threads that compute; unless given, no more than the cores that may be used",
-           (whole(low=1),), default=6),
+           (whole(low=1, high=MAX_THREADS),), default=6),
     Option(("--compute",), "compute", "arithmetic of matrix products; auto is bf16 where the "
            "processor has it and the weights allow it", (choice("f32", "bf16", "auto"),),
            default="auto"),
@@ -265,7 +276,7 @@ _SCHEDULE = in_group(
     _flag("--disable-restart", "enable_restart", "stay at the floor (default)", False),
     Option(("--opt-past",), "opt_past",
            "iterations back with which the delta test compares; 0 is off. Must equal the "
-           "checkpoint's", (whole(low=0),), default=0),
+           "checkpoint's", (whole(low=0, high=1_000_000),), default=0),
     Option(("--opt-delta",), "opt_delta", "threshold of the delta test", (real(),),
            default=1e-5),
     Option(("--opt-max-no-improvement",), "opt_max_no_improvement",

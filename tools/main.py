@@ -28,7 +28,7 @@ from .console import (
     usable_cores,
 )
 from .main_options import MainOptions, PromptSource
-from .options import Parsed
+from .options import MAX_THREADS, Parsed
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
@@ -168,9 +168,7 @@ class _Session:
         from engine.model import Model
 
         self.log(f"main: loading model from '{path}'")
-        model = Model.load(
-            path, n_threads=self.threads_batch, check_tensors=self.options.check_tensors
-        )
+        model = Model.load(path, check_tensors=self.options.check_tensors)
         for warning in model.warnings:
             self.log(f"warning: {warning}")
         h = model.hparams
@@ -241,35 +239,39 @@ class _Session:
         bias = dict(options.logit_bias)
         if options.ignore_eos and tokenizer.eos_id >= 0:
             bias[tokenizer.eos_id] = float("-inf")
-        return SamplingParams(
-            temp=options.temp,
-            dynatemp_range=options.dynatemp_range,
-            dynatemp_exponent=options.dynatemp_exponent,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            tfs_z=options.tfs_z,
-            typical_p=options.typical_p,
-            penalty_last_n=options.repeat_last_n,
-            penalty_repeat=options.repeat_penalty,
-            penalty_freq=options.frequency_penalty,
-            penalty_present=options.presence_penalty,
-            penalize_nl=options.penalize_nl,
-            mirostat=options.mirostat,
-            mirostat_tau=options.mirostat_tau,
-            mirostat_eta=options.mirostat_eta,
-            logit_bias=bias,
-            samplers=sampler_order(options.samplers),
-            seed=self.seed,
-        )
+        try:
+            return SamplingParams(
+                temp=options.temp,
+                dynatemp_range=options.dynatemp_range,
+                dynatemp_exponent=options.dynatemp_exponent,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+                tfs_z=options.tfs_z,
+                typical_p=options.typical_p,
+                penalty_last_n=options.repeat_last_n,
+                penalty_repeat=options.repeat_penalty,
+                penalty_freq=options.frequency_penalty,
+                penalty_present=options.presence_penalty,
+                penalize_nl=options.penalize_nl,
+                mirostat=options.mirostat,
+                mirostat_tau=options.mirostat_tau,
+                mirostat_eta=options.mirostat_eta,
+                logit_bias=bias,
+                samplers=sampler_order(options.samplers),
+                seed=self.seed,
+            )
+        except OptionError as error:
+            field, _, problem = str(error).partition(":")
+            raise OptionError(f"{_SPELLINGS.get(field, field)}:{problem}") from None
 
     def _tell_system(self) -> None:
-        from engine.kernels import active_isa
+        from engine.kernels import active_isa, prefers_pairs
 
         batch = f" (n_threads_batch = {self.threads_batch})" if self.options.threads_batch else ""
         self.log(
             f"\nsystem_info: n_threads = {self.threads}{batch} / {os.cpu_count()} | "
-            f"ISA = {active_isa()} | "
+            f"ISA = {active_isa()} | bf16 products = {int(prefers_pairs())} | "
         )
 
     def _tell_prompt(
@@ -344,10 +346,32 @@ def _rates(phase: Phase, unit: str) -> str:
     )
 
 
+# The options behind the fields that engine.sampling names in its messages.
+_SPELLINGS = {
+    "temp": "--temp",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "tfs_z": "--tfs",
+    "typical_p": "--typical",
+    "penalty_last_n": "--repeat-last-n",
+    "penalty_repeat": "--repeat-penalty",
+    "penalty_freq": "--frequency-penalty",
+    "penalty_present": "--presence-penalty",
+    "dynatemp_range": "--dynatemp-range",
+    "dynatemp_exponent": "--dynatemp-exp",
+    "mirostat": "--mirostat",
+    "mirostat_tau": "--mirostat-ent",
+    "mirostat_eta": "--mirostat-lr",
+    "logit_bias": "--logit-bias",
+    "samplers": "--samplers",
+    "seed": "--seed",
+}
+
+
 def _thread_count(wanted: int | None, otherwise: int) -> int:
     if wanted is None:
         return otherwise
-    return wanted if wanted > 0 else os.cpu_count() or 1
+    return wanted if wanted > 0 else min(os.cpu_count() or 1, MAX_THREADS)
 
 
 def _prompt_bytes(options: MainOptions) -> bytes:

@@ -25,6 +25,7 @@ from .options import (
     real,
     seed,
     text,
+    threads,
     whole,
 )
 
@@ -95,7 +96,7 @@ def _bias() -> Value:
         if match is None:
             raise ValueError("a token id, a sign and a number, such as 15043+1 or 2-inf")
         value, rest = leading_float(match.group(3))
-        if math.isnan(value):
+        if math.isnan(value) or (math.isinf(value) and match.group(2) == "+"):
             raise ValueError("a token id, a sign and a number, such as 15043+1 or 2-inf")
         return (int(match.group(1)), -value if match.group(2) == "-" else value), rest
 
@@ -147,10 +148,10 @@ _GENERAL = in_group(
 _COMPUTATION = in_group(
     "computation",
     Option(("-t", "--threads"), "threads",
-           "threads while generating; 0 or less: all processors", (whole(),),
+           "threads while generating; 0 or less: all processors", (threads(),),
            shown_default="the cores that may be used"),
     Option(("-tb", "--threads-batch"), "threads_batch",
-           "threads while reading the prompt; 0 or less: all processors", (whole(),),
+           "threads while reading the prompt; 0 or less: all processors", (threads(),),
            shown_default="the value of --threads"),
     Option(("-c", "--ctx-size"), "n_ctx", "tokens of context; 0: as many as the model's",
            (whole(low=0),), default=0),

@@ -20,6 +20,7 @@ from typing import Any
 from engine.errors import OptionError
 
 FLOAT_MAX = 3.4028234663852886e38
+MAX_THREADS = 512
 INT_MIN, INT_MAX, SEED_MAX = -(2**31), 2**31 - 1, 2**32 - 1
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+")
@@ -114,6 +115,11 @@ class Parsed:
 def whole(metavar: str = "N", low: int = INT_MIN, high: int = INT_MAX) -> Value:
     """Make a 32-bit whole number within ``low`` and ``high``."""
     return Value(metavar, _convert_whole(INT_MIN, INT_MAX), _between(low, high))
+
+
+def threads() -> Value:
+    """Make a number of threads; the engine runs at most `MAX_THREADS` together."""
+    return whole(high=MAX_THREADS)
 
 
 def seed(metavar: str = "SEED") -> Value:

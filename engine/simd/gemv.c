@@ -71,7 +71,7 @@ static void FN(linear_quant)(const struct linear_args *a, char *scratch, int64_t
     case TYPE_Q5_1:
         quant_rows(TYPE_Q5_1, a, x, begin, end);
         break;
-    default:
+    case TYPE_Q8_0:
         quant_rows(TYPE_Q8_0, a, x, begin, end);
         break;
     }
@@ -135,7 +135,10 @@ static void FN(linear_gemv)(const struct linear_args *a, const struct worker *wo
         float_rows(TYPE_BF16, a, begin, end);
         break;
     default:
-        (a->partner ? FN(linear_quant) : FN(linear_decoded))(a, worker->scratch, begin, end);
+        if (rounds(a))
+            FN(linear_quant)(a, worker->scratch, begin, end);
+        else
+            FN(linear_decoded)(a, worker->scratch, begin, end);
         break;
     }
     if (a->rank > 0)

@@ -41,7 +41,7 @@ struct linear_args {
     void *packed;
 };
 
-/* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: linear_packed_bytes() of dy */
+/* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: back_packed_bytes() */
 struct linear_back_args {
     int64_t n_tokens, n_in, n_out;
     const float *dy;
@@ -54,10 +54,23 @@ struct linear_back_args {
 
 enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
 
-/* Bytes of linear_args.packed: panels of at most 64 tokens, each with its columns and block sums. */
+enum {
+    MAX_ROW =
+        57344, /* the longest reduction for which WORKER_SCRATCH holds a vector of packed rows */
+    PANEL_TOKENS = 64, /* the most lanes of a panel */
+};
+
+/* Bytes of linear_args.packed: panels, each with its columns and block sums. */
 static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
 {
-    return (n_tokens + 63) / 64 * 64 * (n_in + n_in / QUANT_BLOCK + 1) * 4;
+    int64_t lanes = (n_tokens + PANEL_TOKENS - 1) / PANEL_TOKENS * PANEL_TOKENS;
+    return lanes * (n_in + n_in / QUANT_BLOCK + 1) * 4;
+}
+
+/* Bytes of linear_back_args.packed: dy in bf16, rows of whole pairs. */
+static inline int64_t back_packed_bytes(int64_t n_tokens, int64_t n_out)
+{
+    return n_tokens * (n_out + 1) * 2;
 }
 
 /* y[t][i] = w[i] x[t][i] r[t], r[t] = 1 / sqrt(mean_i x[t][i]^2 + eps)        RMSNorm, arXiv:1910.07467

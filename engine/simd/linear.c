@@ -8,6 +8,13 @@ enum {
         256, /* columns of W decoded at a time on the way back: whole blocks of every type */
 };
 
+_Static_assert((int)TILE_LANES <= (int)PANEL_TOKENS, "linear_packed_bytes() counts panels of PANEL_TOKENS");
+_Static_assert(TILE_ROWS == 6, "tile.c names six heights");
+/* pack_tokens: a rounded row, a vector of rows with their block sums, and codes with scale and sum. */
+_Static_assert(
+    (int64_t)(VL + 1) * 4 * (MAX_ROW + MAX_ROW / QUANT_BLOCK) + MAX_ROW / 4 * 5 <= WORKER_SCRATCH,
+    "the longest row does not fit a worker's scratch");
+
 /* Distance of the rows of the panel that begins with token `first`. */
 V_INLINE int64_t panel_lanes(int64_t n_tokens, int64_t first)
 {
@@ -23,7 +30,7 @@ V_INLINE int64_t reduction(const struct linear_args *a)
 
 V_INLINE int rounds(const struct linear_args *a)
 {
-    return a->partner && block_elements((int)a->type) > 1;
+    return a->partner && has_quant_dot((int)a->type);
 }
 
 /* One activation row as the tile takes it: code times scale, then the block sums if they are asked for. */

@@ -330,9 +330,12 @@ class _Reader:
 
     def checkpoint(self) -> Checkpoint:
         for key, wanted in (("training.type", "finetune_lora"), ("general.architecture", "llama")):
-            found = self.file.get_str(key)
+            found = self.file.get_str(key, "")
             if found != wanted:
-                raise FormatError(f"{self.path}: {key} is {found!r}, expected {wanted!r}")
+                raise FormatError(
+                    f"{self.path}: key {key} is {found or 'missing'!r}, not {wanted!r}; "
+                    "give a checkpoint of finetune"
+                )
         sizes = {key: self.file.get_int(key) for key in _SIZE_KEYS}
         ranks = {kind: self.count(_RANK_KEY + kind) for kind in KINDS}
         has_header = _R_KEY in self.file.metadata
@@ -418,7 +421,12 @@ class _Reader:
         info = self.file.tensors[name]
         if info.dtype != F32:
             raise FormatError(f"{self.path}: tensor {name} is {info.dtype.name}, expected F32")
-        return self.file.data(name).view("<f4").astype(np.float32)
+        values = self.file.data(name).view("<f4").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise FormatError(
+                f"{self.path}: tensor {name} holds NaN or infinity; give an earlier one"
+            )
+        return values
 
     def check_declared(
         self, adapter: Adapter, sizes: Mapping[str, int], ranks: Mapping[str, int]

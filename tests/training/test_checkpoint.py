@@ -317,7 +317,7 @@ FLOATS = np.zeros(17220, dtype=np.float32)
 
 BAD = {
     "another training": ({"training.type": (TEXT, "train_model")}, {}, "training.type is 'train_m"),
-    "architecture": ({"general.architecture": (TEXT, "gpt2")}, {}, "'gpt2', expected 'llama'"),
+    "architecture": ({"general.architecture": (TEXT, "gpt2")}, {}, "'gpt2', not 'llama'"),
     "lbfgs": ({"optimizer.type": (TEXT, "lbfgs")}, {}, "optimizer.type is 'lbfgs'"),
     "version": ({"training.file_version": (U32, 2)}, {}, "training.file_version is 2"),
     "optimizer": ({"optimizer.file_version": (U32, 1)}, {}, "optimizer.file_version is 1"),
