@@ -19,6 +19,7 @@ from engine.gguf import GGUFFile, TensorInfo
 from engine.graph import Graph
 from engine.tensor import Tensor
 
+ARCHITECTURE = "llama"  # general.architecture, and the prefix of its keys
 MAX_LAYERS = 4096
 
 # The adapted tensors of a layer, in the order of files and of the generator's draws.
@@ -107,7 +108,7 @@ def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
     FormatError
         Naming the key, when one is missing, out of range, or contradicts another.
     """
-    arch = "llama"
+    arch = ARCHITECTURE
 
     def positive(key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
         value = file.get_int(f"{arch}.{key}", *([] if default is None else [default]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +18,13 @@ from engine.gguf import GGUFFile, read_gguf
 from engine.graph import Graph
 from engine.kernels import find_invalid, prefers_pairs
 from engine.kvcache import KVCache
-from engine.llama import Builder, Hyperparameters, Weights
+from engine.llama import Hyperparameters, Weights
 from engine.lora import Adapter
 from engine.tensor import Tensor
 from engine.tokenizer import Tokenizer
 
 # general.architecture -> the module that reads its keys and writes its graph.
-ARCHITECTURES = {"llama": llama}
+ARCHITECTURES = {llama.ARCHITECTURE: llama}
 
 # Graphs kept for chunks of other lengths than one token; a prompt's last chunk has any length.
 KEPT_GRAPHS = 4
@@ -35,6 +35,8 @@ class Model:
 
     Attributes
     ----------
+    architecture : module
+        Where the model's graph is written; see `ARCHITECTURES`.
     file : GGUFFile
     hparams : Hyperparameters
     weights : Weights
@@ -44,8 +46,14 @@ class Model:
     """
 
     def __init__(
-        self, file: GGUFFile, hparams: Hyperparameters, weights: Weights, tokenizer: Tokenizer
+        self,
+        architecture: ModuleType,
+        file: GGUFFile,
+        hparams: Hyperparameters,
+        weights: Weights,
+        tokenizer: Tokenizer,
     ) -> None:
+        self.architecture = architecture
         self.file = file
         self.hparams = hparams
         self.weights = weights
@@ -98,15 +106,21 @@ class Model:
         weights = module.Weights(file, hparams)
         if check_tensors:
             check_values(file)
-        return cls(file, hparams, weights, tokenizer)
+        return cls(module, file, hparams, weights, tokenizer)
 
     def adapter_shapes(self, ranks: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
         """Name, n_in, n_out, rank of the adapted tensors, in the files' order."""
-        return llama.adapter_shapes(self.hparams, ranks)
+        shapes: list[tuple[str, int, int, int]] = self.architecture.adapter_shapes(
+            self.hparams, ranks
+        )
+        return shapes
 
     def rope_tables(self, n_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Cosines and sines for positions below `n_positions`."""
-        return llama.rope_tables(self.hparams, n_positions, self.weights.rope_factors)
+        tables: tuple[NDArray[np.float32], NDArray[np.float32]] = self.architecture.rope_tables(
+            self.hparams, n_positions, self.weights.rope_factors
+        )
+        return tables
 
 
 def check_values(file: GGUFFile) -> None:
@@ -255,7 +269,7 @@ class Context:
                 graph, q, keys, values, 1, h.n_head, h.n_head_kv, scale, cache.n_past
             )
 
-        builder = Builder(
+        builder = self.model.architecture.Builder(
             graph,
             h,
             self.model.weights.by_name,
@@ -273,12 +287,10 @@ class Context:
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Drop `n_discard` positions behind the first `n_keep` and move the rest down."""
-        h = self.model.hparams
-        plain = replace(h, rope_scaling=h.rope_scaling._replace(attn_factor=1.0))
-        cos, sin = llama.rope_tables(plain, n_discard + 1, self.model.weights.rope_factors)
-        scale = float(np.hypot(cos[-1, 0], sin[-1, 0]))  # YaRN's magnitude is in the keys already
-        row = (cos[-1] / np.float32(scale), sin[-1] / np.float32(scale))
-        self._cache.shift(n_keep, n_discard, *row, h.head_dim)
+        cos, sin = self.model.rope_tables(n_discard + 1)
+        magnitude = np.hypot(cos[-1, 0], sin[-1, 0])  # YaRN's is in the keys already
+        row = (cos[-1] / magnitude, sin[-1] / magnitude)
+        self._cache.shift(n_keep, n_discard, *row, self.model.hparams.head_dim)
 
     def truncate(self, n_past: int) -> None:
         """Forget the positions from `n_past` on."""

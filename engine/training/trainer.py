@@ -58,7 +58,7 @@ class _Pass:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ops.attention(graph, q, k, v, n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
 
-        builder = Builder(
+        builder = model.architecture.Builder(
             graph,
             h,
             model.weights.by_name,
