@@ -188,7 +188,7 @@ def sampler_order(names_or_letters):
         names, known = list(names_or_letters), LETTERS
     for name in names:
         if name not in known:
-            raise OptionError(f"unknown sampler {name!r}; known are {', '.join(known)}")
+            raise OptionError(f"samplers: unknown sampler {name!r}; known are {', '.join(known)}")
     return tuple(known[name] for name in names)
 
 

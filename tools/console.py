@@ -25,10 +25,29 @@ GPU_WARNINGS = (
 
 
 def emit(raw: bytes) -> None:
-    """Write bytes to standard output, at once."""
-    if sys.stdout is not None and raw:
+    """Write bytes to standard output, at once.
+
+    Raises
+    ------
+    BrokenPipeError
+        If nobody reads it any more.
+    EngineError
+        If it takes no more for another reason, a full disk say, or was closed from the start.
+    """
+    if not raw:
+        return
+    if sys.stdout is None:
+        raise EngineError("standard output: is closed; send it somewhere")
+    try:
         sys.stdout.buffer.write(raw)
         sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        raise EngineError(
+            f"standard output: {error.strerror or error}; send it elsewhere"
+        ) from error
 
 
 def say(line: str) -> None:

@@ -15,7 +15,7 @@ from engine.errors import EngineError, OptionError
 from engine.locate import locate_model
 
 from . import finetune_options
-from .console import CLOSED_OUTPUT, GPU_WARNINGS, note, run_command, usable_cores
+from .console import GPU_WARNINGS, note, run_command, usable_cores
 from .finetune_data import Data
 from .finetune_files import Outputs, Saver
 from .finetune_lines import Lines
@@ -123,7 +123,7 @@ class _Job:
         if data is None:
             for name in self.outputs.names(self.outputs.adapter, state.opt_iteration):
                 saver.write_adapter(name)
-            return CLOSED_OUTPUT if lines.closed else 0
+            return lines.status()
         return self._train(model, adapter, state, n_ctx, data, saver)
 
     # What is loaded
@@ -372,7 +372,7 @@ class _Job:
             f"dry run: expected end         = {end_text(total_ms)}, after"
             f" {duration_text(total_ms)} for {n_updates} iterations"
         )
-        return CLOSED_OUTPUT if self.lines.closed else 0
+        return self.lines.status()
 
 
 if __name__ == "__main__":

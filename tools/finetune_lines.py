@@ -11,7 +11,9 @@ import shutil
 import sys
 import threading
 
-from .console import discard_output, note, say
+from engine.errors import EngineError
+
+from .console import CLOSED_OUTPUT, discard_output, note, say
 
 _ERASE = "\r\x1b[K"
 
@@ -25,11 +27,14 @@ class Lines:
         Set when the run is to end: on request, or because nobody reads standard output any more.
     closed : bool
         Nobody reads standard output any more.
+    failure : EngineError or None
+        Why it takes no more, where that is not the reader's going.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.closed = False
+        self.failure: EngineError | None = None
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._shown = ""
 
@@ -40,11 +45,24 @@ class Lines:
         self._erase()
         try:
             say(line)
-        except BrokenPipeError:
+        except (BrokenPipeError, EngineError) as error:
             discard_output()
             self.closed = True
+            self.failure = error if isinstance(error, EngineError) else None
             self.stop.set()
         self._draw()
+
+    def status(self) -> int:
+        """Give the exit status as far as standard output decides it.
+
+        Raises
+        ------
+        EngineError
+            If it took no more before the end.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return CLOSED_OUTPUT if self.closed else 0
 
     def say_bytes(self, name: str, n_bytes: int) -> None:
         """Print a size in the original's words."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 
-from .console import CLOSED_OUTPUT, INTERRUPTED
+from .console import INTERRUPTED
 from .finetune_data import Data
 from .finetune_files import Saver
 from .finetune_lines import Lines
@@ -321,9 +321,7 @@ class Training:
         moved = learning is None or lines.closed or self._tell_proof(learning)
         if interrupted:
             return INTERRUPTED
-        if lines.closed:
-            return CLOSED_OUTPUT
-        return 0 if moved else NOTHING_MOVED
+        return lines.status() or (0 if moved else NOTHING_MOVED)
 
     def _tell_interrupted(self, result: RunResult) -> None:
         outputs = self.saver.outputs

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,7 +142,8 @@ class _Session:
         check_prompt_fits(len(prompt), n_ctx)
         context = self._make_context(model, n_ctx)
         params = self._sampling_params(tokenizer)
-        sampler = Sampler(params, model.hparams.n_vocab, tokenizer.newline_id)
+        with _spelled_out():
+            sampler = Sampler(params, model.hparams.n_vocab, tokenizer.newline_id)
         load_seconds = time.perf_counter() - began
 
         log.release()
@@ -239,7 +241,7 @@ class _Session:
         bias = dict(options.logit_bias)
         if options.ignore_eos and tokenizer.eos_id >= 0:
             bias[tokenizer.eos_id] = float("-inf")
-        try:
+        with _spelled_out():
             return SamplingParams(
                 temp=options.temp,
                 dynatemp_range=options.dynatemp_range,
@@ -261,9 +263,6 @@ class _Session:
                 samplers=sampler_order(options.samplers),
                 seed=self.seed,
             )
-        except OptionError as error:
-            field, _, problem = str(error).partition(":")
-            raise OptionError(f"{_SPELLINGS.get(field, field)}:{problem}") from None
 
     def _tell_system(self) -> None:
         from engine.kernels import active_isa, prefers_pairs
@@ -366,6 +365,16 @@ _SPELLINGS = {
     "samplers": "--samplers",
     "seed": "--seed",
 }
+
+
+@contextmanager
+def _spelled_out() -> Iterator[None]:
+    """Name the option where the engine's message names a field."""
+    try:
+        yield
+    except OptionError as error:
+        field, _, problem = str(error).partition(":")
+        raise OptionError(f"{_SPELLINGS.get(field, field)}:{problem}") from None
 
 
 def _thread_count(wanted: int | None, otherwise: int) -> int:

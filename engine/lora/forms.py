@@ -61,9 +61,12 @@ def form_of_path(path: Path | str) -> str:
     """Give the form that a name asks for: ``bin``, ``gguf`` or ``peft``.
 
     ``.gguf`` is the GGUF form; ``.safetensors``, a trailing slash (which only a str keeps) and an
-    existing folder are PEFT's; every other name is the ``.bin`` form's.
+    existing folder are PEFT's; every other name, and one that ends in ``.bin``, is the ``.bin``
+    form's.
     """
     name = os.fspath(path)
+    if name.endswith(".bin"):
+        return "bin"
     if name.endswith(("/", os.sep, ".safetensors")) or Path(name).is_dir():
         return "peft"
     return "gguf" if name.endswith(".gguf") else "bin"

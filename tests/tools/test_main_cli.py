@@ -169,7 +169,8 @@ def test_every_default_is_the_documented_one():
 
 
 def test_the_defaults_of_sampling_are_the_engines_own():
-    sampling = pytest.importorskip("engine.sampling")
+    from engine import sampling
+
     params, values = sampling.SamplingParams(), options()
     names = {
         "temp": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "tfs_z": "tfs_z",
@@ -393,7 +394,8 @@ def test_a_piece_ends_at_its_first_zero_byte(capfd):
 
 
 def test_the_end_of_the_text_is_noted_on_standard_error(capfd):
-    generate = pytest.importorskip("engine.generate")
+    from engine import generate
+
     end, full = generate.StopReason.END_OF_GENERATION, generate.StopReason.CONTEXT_FULL
     stream(ScriptedGeneration([2, 5], end))
     assert capfd.readouterr() == (" The end", " [end of text]\n")
@@ -430,7 +432,8 @@ def test_an_empty_prompt_needs_a_bos():
 
 
 def test_timings_follow_the_originals_template(capfd):
-    generate = pytest.importorskip("engine.generate")
+    from engine import generate
+
     timings = generate.Timings()
     timings.prompt.add(0.5, 10)
     timings.evaluation.add(2.0, 4)
