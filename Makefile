@@ -23,8 +23,9 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
-	$(BIN)/pip install --quiet '.[bench]' --no-deps
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,rounds
+	# NumPy's threads, which check results, go on spinning for a while and would take the kernels' cores.
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest bench -q -s -o python_files='bench_*.py' --benchmark-only \
+		--benchmark-columns=median,rounds
 	$(BIN)/python bench/commands.py
 
 lint: .venv-dev/.installed

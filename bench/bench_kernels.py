@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import THREADS
 
+from bench.peaks import THREADS
 from engine import kernels, ops
 from engine.dtypes import BF16, F32, Q4_1, Q8_0, DType
 from engine.graph import Graph
