@@ -83,6 +83,9 @@ cdef list again(Graph graph, list nodes, dict fresh):
     cdef Node node
     cdef list made = []
     for node in nodes:
+        for a in node.recipe:
+            if isinstance(a, (list, tuple)) and any([isinstance(item, Tensor) for item in a]):
+                raise ShapeError(f"{type(node).__name__}: tensors must be arguments of their own")
         args = [fresh.get(a, a) if isinstance(a, Tensor) else a for a in node.recipe]
         outputs = graph.add(type(node), *args)
         fresh.update(zip(node.outputs, outputs))
