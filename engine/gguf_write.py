@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from enum import IntEnum
 from math import prod
 from pathlib import Path
@@ -94,13 +95,75 @@ def is_power_of_two(n: int) -> bool:
     return n > 0 and not n & (n - 1)
 
 
+class Deferred:
+    """New files that wait beside those whose places they will take.
+
+    What `atomic_write` completes inside the block ``with deferred.collect():`` takes no place
+    until `commit`, and is gone after `drop`.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Path, Path] = {}  # target → file beside it
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Hold back the files of a block; a device or a pipe is written as it is."""
+        token = _DEFERRED.set(self)
+        try:
+            yield
+        finally:
+            _DEFERRED.reset(token)
+
+    def commit(self) -> list[EngineError]:
+        """Let every file that waits take its place; returns what went wrong."""
+        waiting, self._waiting = self._waiting, {}
+        problems = []
+        for target, temporary in waiting.items():
+            try:
+                os.replace(temporary, target)
+            except OSError as error:
+                _remove(temporary)
+                problems.append(_not_written(target, error))
+        return problems
+
+    def drop(self) -> None:
+        """Remove the files that wait; what they were to replace stays."""
+        for temporary in self._waiting.values():
+            _remove(temporary)
+        self._waiting = {}
+
+    def put(self, target: Path, temporary: Path) -> None:
+        """Let a file wait."""
+        self._waiting[target] = temporary
+
+    def forget(self, target: Path) -> None:
+        """Let nothing wait for a place any more, as another file is written for it."""
+        self._waiting.pop(target, None)
+
+
+_DEFERRED: ContextVar[Deferred | None] = ContextVar("deferred", default=None)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _not_written(path: str | os.PathLike[str], error: OSError) -> EngineError:
+    reason = error.strerror or error
+    return EngineError(
+        f"{os.fspath(path)}: cannot be written: {reason}; choose another place or make room"
+    )
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Give a binary file that takes the place of `path` when all of it is on the disk.
 
     The bytes go to a file beside the target, are flushed and synced, then renamed; whatever
     interrupts the block, the former file stays whole and the new one is removed. A symbolic link
-    stays and its target is replaced; a device or a pipe is written as it is.
+    stays and its target is replaced; a device or a pipe is written as it is. `Deferred` puts the
+    renaming off.
 
     Raises
     ------
@@ -115,23 +178,25 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             return
         # One name a target: what a killed process left is overwritten by the next, not gathered.
         temporary = target.with_name(f".{target.name[:200]}.tmp")
+        deferred = _DEFERRED.get()
         try:
+            if deferred:
+                deferred.forget(target)
             with temporary.open("wb") as file:
                 if target.exists():
                     os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            if deferred:
+                deferred.put(target, temporary)
+            else:
+                os.replace(temporary, target)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise
     except OSError as error:
-        reason = error.strerror or error
-        raise EngineError(
-            f"{os.fspath(path)}: cannot be written: {reason}; choose another place or make room"
-        ) from error
+        raise _not_written(path, error) from error
 
 
 def write_gguf(

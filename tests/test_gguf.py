@@ -19,6 +19,7 @@ import pytest
 from engine import dtypes
 from engine.errors import EngineError, FormatError
 from engine.gguf import GGUFFile, KeyType, ValueType, atomic_write, read_gguf, write_gguf
+from engine.gguf_write import Deferred
 from tests.gguf_builder import small_file
 
 Key = tuple[str, KeyType, Any]
@@ -547,3 +548,35 @@ def test_a_model_may_be_written_over_itself_while_it_is_mapped(
     path.write_bytes(original)
     with read_gguf(path) as file:
         assert rewrite(file, path) == original
+
+
+def test_deferred_files_take_their_places_when_committed_and_leave_nothing_when_dropped(tmp_path):
+    target, new = tmp_path / "target", tmp_path / "new"
+    target.write_bytes(b"before")
+    deferred = Deferred()
+    for end, left in ((deferred.drop, {target: b"before"}),
+                      (deferred.commit, {target: b"again", new: b"new"})):  # fmt: skip
+        with deferred.collect():
+            for path, content in ((target, b"after"), (new, b"new"), (target, b"again")):
+                with atomic_write(path) as file:
+                    file.write(content)
+        assert target.read_bytes() == b"before" and not new.exists()
+        assert not end()
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == left
+    with atomic_write(target) as file:
+        file.write(b"at once")
+    assert target.read_bytes() == b"at once"
+
+
+def test_a_deferred_file_that_cannot_take_its_place_is_told_and_the_others_do(tmp_path):
+    target, blocked = tmp_path / "target", tmp_path / "blocked"
+    deferred = Deferred()
+    with deferred.collect():
+        for path in (blocked, target):
+            with atomic_write(path) as file:
+                file.write(b"new")
+    blocked.mkdir()
+    (problem,) = deferred.commit()
+    assert str(problem).startswith(f"{blocked}: cannot be written: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "blocked"}
+    assert target.read_bytes() == b"new"

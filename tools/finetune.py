@@ -159,7 +159,9 @@ class _Job:
         checkpoint.check_model(model.hparams)
         check_fits(checkpoint.adapter, model.adapter_shapes(dict.fromkeys(KINDS, 1)))
         if options.names_a_rank():
-            checkpoint.check_ranks(options.ranks())
+            left_out = options.left_out()
+            asked = {kind: rank for kind, rank in options.ranks().items() if kind not in left_out}
+            checkpoint.check_ranks(asked)
         if "opt_past" in options.given:
             checkpoint.check_opt_past(options.opt_past)
         for warning in checkpoint.warnings:
@@ -178,7 +180,7 @@ class _Job:
                 shapes, options.lora_r, alpha, self.seed, rslora=options.rslora
             )
         else:
-            adapter = checkpoint.adapter
+            adapter = self._without_left_out(checkpoint.adapter)
             self._check_least_memory(model, n_ctx, adapter.flat.size)
             adapter.r, adapter.alpha = self._resumed_header(checkpoint)
             adapter.rslora = adapter.rslora or options.rslora
@@ -187,6 +189,17 @@ class _Job:
         if adapter.scale <= _SMALL_SCALE:
             self._warn_of_scale(adapter)
         return adapter
+
+    def _without_left_out(self, adapter: Adapter) -> Adapter:
+        """Drop from a checkpoint's adapter what is not to be converted, and say so."""
+        from engine.lora import kind_of
+
+        present = {kind_of(name) for name in adapter.pairs}
+        dropped = sorted(present & self.options.left_out())
+        if not dropped:
+            return adapter
+        note(f"note: {', '.join(dropped)}: left out of the adapter written, as rank 0 says")
+        return adapter.without(dropped)
 
     def _warn_of_scale(self, adapter: Adapter) -> None:
         root = "√" if adapter.rslora else ""
@@ -224,6 +237,12 @@ class _Job:
         inputs = [str(model.file.path), *(data.inputs if data else [])]
         self.outputs.check_form(adapter.shapes, BaseInfo.of(model), adapter.alpha)
         self.outputs.check(state.opt_iteration, inputs)
+        if self.outputs.loses_best():
+            note(
+                f"warning: --lora-out: no {self.outputs.placeholder or 'place for a word'} in"
+                f" {self.outputs.adapter},"
+                " so that the best adapter is not kept apart"
+            )
 
     # What is told before training
 

@@ -78,6 +78,10 @@ class Outputs:
             return ""
         return output_name(self.adapter, self.placeholder, BEST)
 
+    def loses_best(self) -> bool:
+        """Tell whether the best adapter is asked for and has no name."""
+        return self.best and bool(self.adapter) and not self.best_name()
+
     def form(self, name: str) -> str:
         """Say in which form an adapter of that name is written."""
         from engine.lora import form_of_path
@@ -162,7 +166,7 @@ class Saver:
     problem : str
         What the last save failed at; empty when it did not.
     last_checkpoint : str
-        Name of the last good one, read or written.
+        Name of the last good one, read or written and committed.
     """
 
     def __init__(
@@ -175,11 +179,14 @@ class Saver:
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
+        from engine.gguf_write import Deferred
         from engine.lora import BaseInfo
 
         self.outputs = outputs
         self.problem = ""
         self.last_checkpoint = ""
+        self._deferred = Deferred()
+        self._written = ""
         self._model = model
         self._base = BaseInfo.of(model)
         self._adapter = adapter
@@ -189,15 +196,35 @@ class Saver:
         self._warn = warn
 
     def save(self, iteration: int) -> bool:
-        """Write every copy of an iteration; false when one could not be written."""
-        self.problem = ""
-        for name in self.outputs.names(self.outputs.checkpoint, iteration):
-            self._say(f"save_checkpoint_lora_file: saving to {name}")
-            if self._try(self._write_checkpoint, name):
-                self.last_checkpoint = name
-        for name in self.outputs.names(self.outputs.adapter, iteration):
-            self._try(self.write_adapter, name)
+        """Write every copy of an iteration, to take its place at `commit`.
+
+        Returns
+        -------
+        bool
+            False when one could not be written.
+        """
+        self.problem = self._written = ""
+        with self._deferred.collect():
+            for name in self.outputs.names(self.outputs.checkpoint, iteration):
+                self._say(f"save_checkpoint_lora_file: saving to {name}")
+                if self._try(self._write_checkpoint, name):
+                    self._written = name
+            for name in self.outputs.names(self.outputs.adapter, iteration):
+                self._try(self.write_adapter, name)
         return not self.problem
+
+    def commit(self) -> bool:
+        """Let what was saved replace the files before it; false when one could not."""
+        problems = self._deferred.commit()
+        for error in problems:
+            self._failed(error)
+        if self._written and not problems:
+            self.last_checkpoint = self._written
+        return not problems
+
+    def drop(self) -> None:
+        """Remove what was saved and not committed."""
+        self._deferred.drop()
 
     def save_best(self) -> None:
         """Keep the adapter as the best so far, where its name has room to say so."""
@@ -221,7 +248,10 @@ class Saver:
         try:
             write(name)
         except EngineError as error:
-            self.problem = str(error)
-            self._warn(f"warning: {error}; training goes on, the file saved before is whole")
+            self._failed(error)
             return False
         return True
+
+    def _failed(self, error: EngineError) -> None:
+        self.problem = str(error)
+        self._warn(f"warning: {error}; training goes on, the file saved before is whole")

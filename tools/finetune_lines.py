@@ -39,17 +39,19 @@ class Lines:
         self._shown = ""
 
     def say(self, line: str) -> None:
-        """Print a line; once nobody listens any more the run is brought to its end."""
-        if self.closed:
+        """Print a line; a reader who is gone ends the run, a full disk only the lines."""
+        if self.closed or self.failure:
             return
         self._erase()
         try:
             say(line)
-        except (BrokenPipeError, EngineError) as error:
+        except BrokenPipeError:
             discard_output()
             self.closed = True
-            self.failure = error if isinstance(error, EngineError) else None
             self.stop.set()
+        except EngineError as error:
+            self.failure = error
+            note(f"warning: {error}; the run goes on without its lines")
         self._draw()
 
     def status(self) -> int:

@@ -131,8 +131,14 @@ class FinetuneOptions:
 
     def names_a_rank(self) -> bool:
         """Tell whether the user asked for ranks, so that a checkpoint's must equal them."""
-        asked = {"lora_r", *(f"rank_{tensor}" for _, tensor, _ in RANKS)}
-        return bool(asked & self.given)
+        kinds = {tensor for _, tensor, _ in RANKS} - self.left_out()
+        return bool({"lora_r", *(f"rank_{kind}" for kind in kinds)} & self.given)
+
+    def left_out(self) -> frozenset[str]:
+        """Give the kinds of tensor that a conversion leaves out of what it writes."""
+        if not self.only_write_lora:
+            return frozenset()
+        return frozenset(tensor for _, tensor, _ in RANKS if getattr(self, f"rank_{tensor}") == 0)
 
 
 def _flag(
@@ -171,7 +177,7 @@ _FILES = in_group(
            "iterations between saves; 0 or less saves at the end only", (whole(),), default=10),
     _flag("--only-write-lora", "only_write_lora",
           "write the adapter of --checkpoint-in (or a new one) in the form that --lora-out names, "
-          "and end"),
+          "and end; a tensor whose rank is given as 0 is left out"),
 )  # fmt: skip
 
 _RUN = in_group(

@@ -111,8 +111,10 @@ class Training:
         try:
             result = run.run()
         except NotFiniteError as error:
+            self.saver.drop()
             raise self._not_finite(error) from None
         finally:
+            self.saver.commit()
             self.lines.progress("")
             self._close_logs()
         return self._finish(result, learning)
@@ -169,6 +171,7 @@ class Training:
             on_end=lambda ms: lines.say(f"main: total training time: {duration_text(ms)}"),
             on_evaluation=self._log,
             on_save=self.saver.save,
+            on_commit=self.saver.commit,
             validate=self._validate if self._validation else None,
             on_best=lambda _: self.saver.save_best(),
             stop_requested=lines.stop.is_set,
@@ -271,6 +274,7 @@ class Training:
 
         def handle(_number: int, _frame: object) -> None:
             if stop.is_set():
+                self.saver.commit()
                 os._exit(INTERRUPTED)
             stop.set()
             self.lines.note(
@@ -317,7 +321,8 @@ class Training:
         elif result.end not in (End.ITERATIONS, End.STOPPED):
             lines.note(f"ended after iteration {result.iteration}: {result.end.value}")
         if self.saver.problem:
-            raise EngineError(f"{self.saver.problem}; the end of the run is not saved")
+            also = f"; {lines.failure}" if lines.failure else ""
+            raise EngineError(f"{self.saver.problem}; the end of the run is not saved{also}")
         moved = learning is None or lines.closed or self._tell_proof(learning)
         if interrupted:
             return INTERRUPTED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -178,6 +178,14 @@ class Adapter:
     def shapes(self) -> list[AdapterShape]:
         """Name, n_in, n_out and rank of every pair, in order."""
         return [(p.name, p.n_in, p.n_out, p.rank) for p in self.pairs.values()]
+
+    def without(self, kinds: Collection[str]) -> Adapter:
+        """Copy the adapter but for some kinds of tensor, as ``attn_norm``."""
+        shapes = [shape for shape in self.shapes if kind_of(shape[0]) not in kinds]
+        kept = Adapter(shapes, self.r, self.alpha, self.source, self.rslora)
+        for name, pair in kept.pairs.items():
+            pair.a[:], pair.b[:] = self.pairs[name].a, self.pairs[name].b
+        return kept
 
     def write_bin(self, path: Path | str) -> None:
         """Write the ``.bin`` form beside `path`, then rename.

@@ -16,6 +16,7 @@ from engine.dtypes import BY_ID
 from engine.kernels import decode, sum_squares
 from engine.lora import Adapter, FloatArray, LoraPair
 from engine.tensor import Tensor
+from engine.training.moments import MomentOrder, factor_views, factors_in_order
 
 # Weights up to this size are summed whole; of larger ones some rows stand for all.
 WHOLE_ELEMENTS = 1 << 26
@@ -156,7 +157,10 @@ def _sum_squares(weight: Tensor, first: int, n_rows: int) -> float:
 
 
 def not_finite_tensor(adapter: Adapter, flat: FloatArray) -> str | None:
-    """Name the first tensor, in the adapter's order, with an infinite or NaN element.
+    """Name the first tensor with an infinite or NaN element, as the way back meets them.
+
+    From the output down to the embedding: what is not finite spreads to all that comes later, so
+    that the first one is nearest to the cause.
 
     Parameters
     ----------
@@ -169,10 +173,8 @@ def not_finite_tensor(adapter: Adapter, flat: FloatArray) -> str | None:
     str or None
         ``blk.0.attn_q.weight.lora_a``; None when every element is finite.
     """
-    begin = 0
-    for pair in adapter.pairs.values():
-        for half, factor in (("lora_a", pair.a), ("lora_b", pair.b)):
-            if not np.isfinite(flat[begin : begin + factor.size]).all():
-                return f"{pair.name}.weight.{half}"
-            begin += factor.size
+    views = factor_views(flat, adapter)
+    for name, half in reversed(factors_in_order(adapter, MomentOrder.RIGHT_TO_LEFT)):
+        if not np.isfinite(views[name, half]).all():
+            return f"{name}.weight.lora_{half}"
     return None

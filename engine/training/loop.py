@@ -186,8 +186,12 @@ class Run:
     on_evaluation : callable (EvaluationReport), optional
         After each evaluation.
     on_save : callable (int), optional
-        `state` is to be saved as that iteration. If it returns False nothing was saved, which
-        is tried again at the next occasion, at the end of the run for one.
+        `state` is to be saved as that iteration, without replacing anything before `on_commit`.
+        If one of the two returns False nothing was saved, which is tried again at the next
+        occasion, at the end of the run for one.
+    on_commit : callable (), optional
+        What was saved may replace what was saved before: its own evaluation was finite, or will
+        not be made because the run ends.
     validate : callable () -> float, optional
         Loss on other data, without a trace in the gradient; needs ``state.validation``.
     on_best : callable (int), optional
@@ -213,6 +217,7 @@ class Run:
         on_end: Callable[[float], Any] = _nothing,
         on_evaluation: Callable[[EvaluationReport], Any] = _nothing,
         on_save: Callable[[int], Any] = _nothing,
+        on_commit: Callable[[], Any] = _nothing,
         validate: Callable[[], float] | None = None,
         on_best: Callable[[int], Any] = _nothing,
         stop_requested: Callable[[], bool] = bool,
@@ -230,6 +235,7 @@ class Run:
         self._on_end = on_end
         self._on_evaluation = on_evaluation
         self._on_save = on_save
+        self._on_commit = on_commit
         self._validate_now = validate
         self._on_best = on_best
         self._stop_requested = stop_requested
@@ -238,6 +244,7 @@ class Run:
         self._first_iteration = state.opt_iteration
         self._saved_iteration = state.opt_iteration
         self._is_saved = True
+        self._is_committed = True
         self._began = 0
         self._tokens = state.tokens
         self._epochs_seen_at: int | None = None
@@ -252,7 +259,8 @@ class Run:
         Raises
         ------
         NotFiniteError
-            If a loss or a gradient is infinite or NaN; nothing is saved then.
+            If a loss or a gradient is infinite or NaN; nothing is saved then, and what was saved
+            at that iteration is not committed.
         """
         began = self._began = self._clock()
         try:
@@ -261,10 +269,12 @@ class Run:
             end = finish.end
         elapsed = float(self._clock() - began)
         self._on_end(elapsed)
+        self._commit()
         if self.state.opt_iteration > self._saved_iteration or not self._is_saved:
             if end is not End.STOPPED:  # who interrupts does not want to wait for it
                 self._validate()
             self._save()
+            self._commit()
         iteration = self.state.opt_iteration
         return RunResult(end, iteration, self._first_loss, self._last_loss, elapsed)
 
@@ -280,7 +290,8 @@ class Run:
         for _ in range(options.adam_iter):
             before = state.opt_iteration
             state.opt_iteration += 1
-            self._optimizer.step(self._grad, self._sched, state.opt_iteration)
+            with np.errstate(over="ignore"):  # a rate that is too high shows in the next loss
+                self._optimizer.step(self._grad, self._sched, state.opt_iteration)
             loss = self._evaluate()
             end = self._converged(loss, before)
             if end is not None:
@@ -326,6 +337,7 @@ class Run:
         norm = math.sqrt(sum_squares(self._grad))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFiniteError(self.state.opt_iteration, float(loss))
+        self._commit()
         self._tell_evaluation(norm)
         return loss
 
@@ -386,6 +398,8 @@ class Run:
         validation, patience = self.state.validation, self._options.early_stop
         if validation is None or self._fresh_validation() is None:
             return
+        if not math.isfinite(validation.loss):
+            return  # the evaluation to come tells what is wrong
         moved_on = self.state.opt_iteration > self._first_iteration
         if moved_on and 0 < patience <= validation.no_improvement:
             raise _Finish(End.EARLY_STOP)
@@ -434,7 +448,14 @@ class Run:
         state.iterations += updates
         state.tokens += updates * self._n_tokens
         self._is_saved = self._on_save(state.opt_iteration) is not False
+        self._is_committed = False
         self._saved_iteration = state.opt_iteration
+
+    def _commit(self) -> None:
+        """Let the last save replace the one before it."""
+        if not self._is_committed:
+            self._is_committed = True
+            self._is_saved = self._on_commit() is not False and self._is_saved
 
 
 def _relative(earlier: np.float32, loss: np.float32) -> float:

@@ -79,7 +79,7 @@ def moments_to_file(flat: FloatArray, adapter: Adapter) -> FloatArray:
     -------
     ndarray of shape (n_parameters,), float32
     """
-    views = _factor_views(flat, adapter)
+    views = factor_views(flat, adapter)
     order = factors_in_order(adapter, MomentOrder.LEFT_TO_RIGHT)
     return np.concatenate([file_order(views[factor]).ravel() for factor in order])
 
@@ -99,7 +99,7 @@ def moments_from_file(vector: FloatArray, adapter: Adapter, order: MomentOrder) 
     ndarray of shape (n_parameters,), float32
     """
     flat = np.empty_like(adapter.flat)
-    views = _factor_views(flat, adapter)
+    views = factor_views(flat, adapter)
     begin = 0
     for factor in factors_in_order(adapter, order):
         view = views[factor]
@@ -108,8 +108,8 @@ def moments_from_file(vector: FloatArray, adapter: Adapter, order: MomentOrder) 
     return flat
 
 
-def _factor_views(flat: FloatArray, adapter: Adapter) -> dict[_Factor, FloatArray]:
-    """Cut an array laid out like `Adapter.flat` into its factors."""
+def factor_views(flat: FloatArray, adapter: Adapter) -> dict[_Factor, FloatArray]:
+    """Cut an array laid out like `Adapter.flat` into its factors, by name and "a" or "b"."""
     views = {}
     begin = 0
     for pair in adapter.pairs.values():

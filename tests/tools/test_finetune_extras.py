@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -376,6 +377,23 @@ def test_a_checkpoint_is_converted_to_every_form(train):
     assert set(plain.pairs) == set(gguf.pairs) == set(peft.pairs)
 
 
+def test_a_conversion_leaves_out_what_has_rank_0(train):
+    assert train("--adam-iter", "2")[0] == 0
+    convert = ["--only-write-lora", "--checkpoint-in", "chk-2.gguf", "--lora-out", "y.gguf"]
+    assert all(f"{option} 0" in train(*convert)[2] for option in WITHOUT_NORMS[::2])
+    status, _, err = train(*convert, *WITHOUT_NORMS)
+    assert status == 0 and err.count("\n") == 1
+    assert err.startswith("note: attn_norm, ffn_norm, output_norm: left out")
+    whole, found = read_checkpoint("chk-2.gguf").adapter, read_adapter("y.gguf")
+    assert set(found.pairs) == {name for name in whole.pairs if not name.endswith("norm")}
+    assert found.scale == whole.scale
+    for name, pair in found.pairs.items():
+        np.testing.assert_array_equal(pair.b, whole.pairs[name].b)
+    # Other ranks must still be the checkpoint's, and training needs every one.
+    assert "4, 3 was" in train(*convert, *WITHOUT_NORMS, "--rank-wq", "3")[2]
+    assert "1, 0 was" in train("--checkpoint-in", "chk-2.gguf", *WITHOUT_NORMS)[2]
+
+
 def test_a_scale_by_the_root_of_the_rank_is_trained_with_and_kept(train):
     first = ["--lora-r", "9", "--lora-alpha", "6", "--rslora"]
     assert train(*first, "--adam-iter", "2", *WITHOUT_NORMS)[0] == 0
@@ -454,6 +472,15 @@ def test_the_end_of_a_sample_of_plain_text_is_taught(train):
     assert re.match(r"<s>⟦ ?one\n</s>⟧\n", shown)
 
 
+def test_a_name_without_room_for_the_best_adapter_is_told(train):
+    words = ["--val-split", "0.1", "--adam-iter", "1", "--warmup", "0"]
+    line = "--lora-out: no ITERATION in x.bin, so that the best adapter is not kept apart\n"
+    assert train(*words, "--lora-out", "x.bin")[2].count(line) == 1
+    for other in (["--lora-out", "l-ITERATION.bin"], ["--lora-out", ""]):
+        assert "--lora-out" not in train(*words, *other)[2]
+    assert "--lora-out" not in train("--adam-iter", "1", "--lora-out", "x.bin")[2]
+
+
 # ---------------------------------------------------------------- what can go wrong on the way
 
 
@@ -467,14 +494,33 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(tr
     assert status == 1
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert re.match(
-        r"error: iteration 3: the loss is (nan|inf); the gradient of \S+\.weight\.lora_[ab] is the"
-        r" first that is not finite; go on from chk-2\.gguf; ",
+        r"error: iteration 3: the loss is (nan|inf); the gradient of output\.weight\.lora_[ab]"
+        r" is the first that is not finite; go on from chk-2\.gguf; ",
         line,
     )
     assert Path("chk-2.gguf").read_bytes() == good
     assert Path("chk-LATEST.gguf").read_bytes() == good
     assert "saving to" not in out and "report" not in err
     assert [row["iteration"] for row in rows("log.csv")] == ["2"]
+
+
+@pytest.mark.parametrize("rate", ["1e4", "1e38"])
+def test_what_is_saved_where_the_loss_blows_up_replaces_nothing(train, folder, rate):
+    every = ["--save-every", "1", "--warmup", "0"]
+    assert train("--adam-iter", "2", *every)[0] == 0
+    status, out, err = train(
+        "--checkpoint-in", "chk-LATEST.gguf", "--adam-alpha", rate, "--adam-iter", "9", *every
+    )
+    assert status == 1
+    bad, name = re.search(r"iteration (\d+): .* go on from (\S+); ", err).groups()
+    assert f"saving to chk-{bad}.gguf\n" in out  # it was due there
+    for missing in (f"chk-{bad}.gguf", f"lora-{bad}.bin"):
+        assert not Path(missing).exists()
+    assert not list(folder.glob(".*"))
+    assert read_checkpoint(name).state.opt_iteration == int(bad) - 1
+    assert Path("lora-LATEST.bin").read_bytes() == Path(f"lora-{int(bad) - 1}.bin").read_bytes()
+    status, out, _ = train("--checkpoint-in", name, "--adam-iter", "0")
+    assert status == 0 and f"iter={int(bad) - 1:6d} " in out
 
 
 def start_limited(n_bytes: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -504,6 +550,22 @@ def test_a_full_disk_while_saving_leaves_the_files_whole_and_training_goes_on(fo
     assert done.stderr.splitlines()[-1].startswith("error: chk-")
     assert "the end of the run is not saved" in done.stderr.splitlines()[-1]
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("output", ["full", "closed"])
+def test_a_standard_output_that_takes_no_more_costs_its_lines_only(folder, output):
+    code = "import sys; from engine.tools.finetune import main; sys.exit(main())"
+    words = shlex.join([sys.executable, "-c", code, *SMALL, "--adam-iter", "4"])
+    target = {"full": ">/dev/full", "closed": ">&-"}[output]
+    done = subprocess.run(
+        ["sh", "-c", f"{words} {target}"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 1
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: standard output: ")
+    assert done.stderr.splitlines()[-1].startswith("error: standard output: ")
+    assert "adapter tensors moved" in done.stderr
+    assert read_checkpoint("chk-LATEST.gguf").state.opt_iteration == 4
 
 
 def test_a_full_disk_while_logging_costs_the_log_only(folder):

@@ -106,6 +106,9 @@ def bench(
         events.append(("evaluate", evaluations))
         return evaluate(*args)
 
+    def commit():
+        events.append(("commit", state.opt_iteration))
+
     def save(iteration):
         events.append(("save", iteration))
         saves[iteration] = (copy.deepcopy(state), x.copy())
@@ -123,6 +126,7 @@ def bench(
         on_reshuffle=lambda epochs: events.append(("reshuffle", epochs)),
         on_end=lambda ms: events.append(("end", ms)),
         on_save=save,
+        on_commit=commit,
         stop_requested=lambda: stop_after is not None and evaluations >= stop_after,
         clock=clock,
     )
@@ -212,7 +216,7 @@ def test_saves_precede_the_line_of_their_iteration_and_the_end_saves_the_rest():
     assert [what for kind, what in order if kind == "save"] == [3, 6, 7]
     for iteration in (3, 6):
         assert order[order.index(("save", iteration)) + 1] == ("line", iteration)
-    assert order[-2][0] == "end" and order[-1] == ("save", 7)
+    assert order[-3][0] == "end" and order[-2:] == [("save", 7), ("commit", 7)]
 
 
 def test_a_run_whose_last_update_was_just_saved_writes_nothing_more():
@@ -425,6 +429,48 @@ def test_a_loss_that_is_not_finite_raises_and_saves_nothing_more(loss):
     assert b.told("save") == [3]
 
 
+@pytest.mark.parametrize("n_good", [3, 6])
+def test_a_save_is_committed_once_its_own_evaluation_is_finite(n_good):
+    losses = [3.0] * n_good + [float("nan")]
+    b = bench(options=RunOptions(adam_iter=9, save_every=3), losses=losses)
+    with pytest.raises(NotFiniteError, match=f"iteration {n_good}: "):
+        b.run.run()
+    assert b.told("save") == list(range(3, n_good + 1, 3))
+    assert b.told("commit") == list(range(3, n_good, 3))
+
+
+def test_every_save_of_a_good_run_is_committed_after_the_line_of_its_iteration():
+    b = bench(options=RunOptions(adam_iter=7, save_every=3))
+    b.run.run()
+    assert b.told("commit") == b.told("save") == [3, 6, 7]
+    kinds = [kind for kind, *_ in b.events]
+    first = kinds.index("save")
+    assert kinds[first : kinds.index("commit")] == ["save", "line", "evaluate"]
+
+
+def test_a_save_that_a_stop_or_the_last_epoch_follows_is_committed():
+    for epochs, stop_after in ((1, None), (0, 3)):
+        options = RunOptions(adam_iter=50, save_every=1, epochs=epochs)
+        b = bench(options=options, stop_after=stop_after)
+        b.run.run()
+        assert b.told("commit") == b.told("save") != []
+
+
+def test_a_commit_that_failed_is_made_good_at_the_end():
+    b = bench(options=RunOptions(adam_iter=3, save_every=3))
+    b.run._on_commit = lambda: False
+    b.run.run()
+    assert b.told("save") == [3, 3]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_as_an_evaluation_does():
+    b = validated([float("nan")], RunOptions(adam_iter=9, save_every=1, eval_every=1, early_stop=1))
+    b.run._evaluate_batch = Script([3.0, float("nan")])
+    with pytest.raises(NotFiniteError, match="iteration 1: "):
+        b.run.run()
+    assert b.told("commit") == []
+
+
 def test_a_gradient_that_is_not_finite_raises_before_it_is_used():
     b = bench(options=RunOptions(adam_iter=9, grad_acc=2))
     good = b.evaluate
@@ -577,7 +623,7 @@ def test_a_stop_is_obeyed_after_the_update_and_saves():
     assert (result.end, result.cancelled, result.iteration) == (End.STOPPED, True, 4)
     assert b.told("save") == [4]
     assert [line.iteration for line in b.told("line")] == [0, 1, 2, 3]
-    assert [event[0] for event in b.events[-2:]] == ["end", "save"]
+    assert [event[0] for event in b.events[-3:]] == ["end", "save", "commit"]
 
 
 def test_a_stopped_run_resumes_exactly():
