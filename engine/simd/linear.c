@@ -8,7 +8,8 @@ enum {
         256, /* columns of W decoded at a time on the way back: whole blocks of every type */
 };
 
-_Static_assert((int)TILE_LANES <= (int)PANEL_TOKENS, "linear_packed_bytes() counts panels of PANEL_TOKENS");
+_Static_assert(
+    (int)TILE_LANES <= (int)PANEL_TOKENS, "linear_packed_bytes() counts panels of PANEL_TOKENS");
 _Static_assert(TILE_ROWS == 6, "tile.c names six heights");
 /* pack_tokens: a rounded row, a vector of rows with their block sums, and codes with scale and sum. */
 _Static_assert(
