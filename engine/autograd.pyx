@@ -104,8 +104,9 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
     seeds : dict of Tensor to Tensor
         Gradients of the last outputs.
     checkpoints : bool
-        Compute each segment but the last again before its reverse pass, so that between the passes
-        only what enters a segment is kept.
+        Compute each segment again before its reverse pass, so that between the passes only what
+        enters a segment is kept. The last is no exception: keeping it would save 1 / n_layer of a
+        forward pass, but its activations would stand beside the logits, where memory peaks.
 
     Returns
     -------
@@ -122,11 +123,9 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
             group = []
             groups.append(group)
         group.append(node)
-    segments = [(<Node>node).segment for node in nodes if (<Node>node).segment is not None]
-    last = segments[len(segments) - 1] if segments else None
     for group in reversed(groups):
         segment = group[0].segment
-        if checkpoints and segment is not None and segment != last:
+        if checkpoints and segment is not None:
             fresh = {}
             made = again(graph, group, fresh)
             for old, new in fresh.items():

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import FormatError, ShapeError
+from engine.llama import LAYER_TENSORS
 from engine.lora.bin_form import write_bin
 from engine.mt19937 import MT19937, NormalFloat
 
@@ -19,17 +20,7 @@ FloatArray = NDArray[np.float32]
 AdapterShape = tuple[str, int, int, int]  # name, n_in, n_out, rank
 
 MODEL_KINDS = ("token_embd", "output_norm", "output")
-LAYER_KINDS = (
-    "attn_norm",
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_output",
-    "ffn_norm",
-    "ffn_gate",
-    "ffn_down",
-    "ffn_up",
-)
+LAYER_KINDS = LAYER_TENSORS
 KINDS = MODEL_KINDS + LAYER_KINDS
 # The option of finetune that leaves a norm out.
 NORM_OPTIONS = {

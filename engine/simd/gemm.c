@@ -6,9 +6,9 @@
  * all workers; a tile takes rows of W as they are, broadcast. Its result has outputs along the rows and is turned
  * when it leaves. Backward, dx = dy W: rows of W are the lanes, dy is broadcast as it is. Either way no
  * transposed copy of a weight is made.
- * Bound: 2 n_tokens n_in n_out FLOPs; decoding costs each weight once per call. */
+ * Bound: 2 n_tokens n_in n_out FLOPs; decoding costs each weight once for CHUNK_TOKENS. */
 
-/* packed[panel][step][lane]: STEP neighbours of x[64 panel + lane]; lanes without a token are zero. */
+/* packed[panel][step][lane]: STEP neighbours of x[TILE_LANES panel + lane]; lanes without a token are zero. */
 static void FP(pack_tokens)(const struct linear_args *a, const struct worker *worker)
 {
     int64_t begin, end, k = reduction(a), steps = (k + STEP - 1) / STEP;
@@ -20,6 +20,10 @@ static void FP(pack_tokens)(const struct linear_args *a, const struct worker *wo
         int64_t panel = t / TILE_LANES * TILE_LANES, lanes = panel_lanes(a->n_tokens, panel);
         int64_t tokens = a->n_tokens - t < VL ? a->n_tokens - t : VL;
         LANE *dst = packed + panel * steps + (t - panel);
+        if (STEP == 1 && tokens == VL && !rounds(a)) { /* the rows are what they must be */
+            FN(transpose)(a->x + t * k, k, VL, k, (float *)(void *)dst, lanes);
+            continue;
+        }
         memset(rows, 0, (size_t)(VL * steps * STEP) * sizeof *rows);
         for (int64_t i = 0; i < tokens; i++) {
             const float *x = a->x + (t + i) * a->n_in;
