@@ -166,8 +166,12 @@ def test_a_weight_that_is_no_number_is_found_on_request(tmp_path, capfd):
 
 
 def endless(*more: str) -> subprocess.Popen:
-    code = "import sys; from engine.tools.main import main; sys.exit(main())"
-    model = ["-m", str(DATA / "mini-f32.gguf"), "-p", "FERRYMAN:", "-n", "-1", "--ignore-eos"]
+    # A job in the background inherits a SIGINT that is ignored; the child must not.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from engine.tools.main import main; sys.exit(main())"
+    )
+    model = ["-m", str(DATA / "mini-f32.gguf"), "-p", "FERRYMAN:", "-n", "100000", "--ignore-eos"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *model, *more],
         stdout=subprocess.PIPE,
