@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine import llama, ops
 from engine.dtypes import F16, DType
-from engine.errors import DataError, FormatError, ShapeError
+from engine.errors import DataError, FormatError, OptionError, ShapeError
 from engine.gguf import GGUFFile, read_gguf
 from engine.graph import Graph
 from engine.kernels import find_invalid, prefers_pairs
@@ -28,6 +28,8 @@ ARCHITECTURES = {llama.ARCHITECTURE: llama}
 
 # Graphs kept for chunks of other lengths than one token; a prompt's last chunk has any length.
 KEPT_GRAPHS = 4
+
+BF16_MODES = ("fast", "exact")
 
 
 class Model:
@@ -169,6 +171,9 @@ class Context:
         Applied beside the weights, which stay as they are.
     cache_type : DType
         F16 or F32.
+    bf16 : {"fast", "exact"}
+        Whether activations that meet BF16 weights are rounded to bf16 where that is faster, or stay
+        float32. Quantized weights meet 8-bit blocks either way, and F32 and F16 ones float32.
     isa : str, optional
         Kernel variant.
     """
@@ -184,9 +189,12 @@ class Context:
         n_threads_batch: int | None = None,
         adapters: Sequence[tuple[Adapter, float]] = (),
         cache_type: DType = F16,
+        bf16: str = "fast",
         isa: str | None = None,
     ) -> None:
         h = model.hparams
+        if bf16 not in BF16_MODES:
+            raise OptionError(f"--bf16: {bf16} is not one of {', '.join(BF16_MODES)}")
         self.model = model
         self.n_ctx = n_ctx
         self._n_chunk = min(n_batch, n_ubatch, n_ctx)
@@ -194,6 +202,7 @@ class Context:
             raise ShapeError(f"chunks of {self._n_chunk} tokens cannot be evaluated")
         self._threads = (n_threads, n_threads_batch or n_threads)
         self._isa = isa
+        self._pairs = bf16 == "fast" and prefers_pairs(isa)
         self._cache = KVCache(h.n_layer, n_ctx, h.n_embd_kv, cache_type)
         self._tables = model.rope_tables(n_ctx)
         every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
@@ -257,7 +266,7 @@ class Context:
         h, cache = self.model.hparams, self._cache
         graph = Graph(self._threads[n_tokens > 1], self._isa)
         graph.partner = True
-        graph.pairs = prefers_pairs(self._isa)
+        graph.pairs = self._pairs
         ids, positions = np.zeros((2, n_tokens), np.int32)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -218,6 +218,7 @@ class _Session:
             n_threads=self.threads,
             n_threads_batch=self.threads_batch,
             adapters=self._load_adapters(model),
+            bf16=self.options.bf16,
         )
 
     def _load_adapters(self, model: Model) -> list[tuple[Adapter, float]]:
@@ -268,9 +269,10 @@ class _Session:
         from engine.kernels import active_isa, prefers_pairs
 
         batch = f" (n_threads_batch = {self.threads_batch})" if self.options.threads_batch else ""
+        bf16 = self.options.bf16 == "fast" and prefers_pairs()
         self.log(
             f"\nsystem_info: n_threads = {self.threads}{batch} / {os.cpu_count()} | "
-            f"ISA = {active_isa()} | bf16 products = {int(prefers_pairs())} | "
+            f"ISA = {active_isa()} | bf16 products = {int(bf16)} | "
         )
 
     def _tell_prompt(

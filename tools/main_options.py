@@ -19,6 +19,7 @@ from .options import (
     OptionTable,
     Parsed,
     Value,
+    choice,
     in_group,
     leading_float,
     not_offered,
@@ -66,6 +67,7 @@ class MainOptions:
     special: bool
     log: bool
     check_tensors: bool
+    bf16: str
     gpu_layers: int
     adapters: tuple[tuple[str, float], ...]
     samplers: str
@@ -160,6 +162,9 @@ _COMPUTATION = in_group(
     Option(("-ub", "--ubatch-size"), "n_ubatch", "tokens that are computed together",
            (whole(low=1),), default=512),
     _flag(("--check-tensors",), "check_tensors", "look for invalid numbers in the weights"),
+    Option(("--bf16",), "bf16",
+           "activations that meet BF16 weights: rounded to bf16 where that is faster, or exact",
+           (choice("fast", "exact"),), default="fast"),
     Option(("-ngl", "--gpu-layers", "--n-gpu-layers"), "gpu_layers",
            "accepted with a warning, without effect", (whole(),), default=-1, shown_default=""),
     Option(("--lora",), "adapters", "apply an adapter; may be repeated", (text("FNAME"),),

@@ -31,6 +31,7 @@ DEFAULTS = {
     "special": False,
     "log": True,
     "check_tensors": False,
+    "bf16": "fast",
     "gpu_layers": -1,
     "adapters": (),
     "samplers": "top_k;tfs_z;typical_p;top_p;min_p;temperature",
@@ -94,7 +95,7 @@ OFFERED = {
     "--sampling-seq", "--ignore-eos", "-l", "--temp", "--top-k", "--top-p", "--min-p", "--tfs",
     "--typical", "--repeat-last-n", "--repeat-penalty", "--presence-penalty",
     "--frequency-penalty", "--penalize-nl", "--dynatemp-range", "--dynatemp-exp", "--mirostat",
-    "--mirostat-lr", "--mirostat-ent",
+    "--mirostat-lr", "--mirostat-ent", "--bf16",
 }  # fmt: skip
 
 FLAGS = {
