@@ -1,3 +1,5 @@
+from collections.abc import Container
+
 from engine.graph import Graph, Node
 from engine.tensor import Tensor
 
@@ -11,5 +13,9 @@ class Gradients:
     def add(self, tensor: Tensor, grad: Tensor) -> None: ...
 
 def backward(
-    graph: Graph, nodes: list[Node], seeds: dict[Tensor, Tensor], checkpoints: bool = False
+    graph: Graph,
+    nodes: list[Node],
+    seeds: dict[Tensor, Tensor],
+    checkpoints: bool = False,
+    kept: Container[object] = frozenset(),
 ) -> dict[Tensor, Tensor]: ...

@@ -93,7 +93,7 @@ cdef list again(Graph graph, list nodes, dict fresh):
     return made
 
 
-def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dict:
+def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False, kept=frozenset()) -> dict:
     """Append the reverse pass of `nodes`.
 
     Parameters
@@ -107,6 +107,8 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
         Compute each segment again before its reverse pass, so that between the passes only what
         enters a segment is kept. The last is no exception: keeping it would save 1 / n_layer of a
         forward pass, but its activations would stand beside the logits, where memory peaks.
+    kept : collection
+        Segments that are an exception all the same. The results are the same bits.
 
     Returns
     -------
@@ -125,7 +127,7 @@ def backward(Graph graph, list nodes, dict seeds, bint checkpoints=False) -> dic
         group.append(node)
     for group in reversed(groups):
         segment = group[0].segment
-        if checkpoints and segment is not None:
+        if checkpoints and segment is not None and segment not in kept:
             fresh = {}
             made = again(graph, group, fresh)
             for old, new in fresh.items():

@@ -267,12 +267,24 @@ cdef class Graph:
         """FLOPs of a thread in one step of an arithmetic probe (ops.probe)."""
         return PROBE_FMA_FLOPS * self.table.lanes
 
-    def run(self):
-        """Execute all steps. Inputs are read from, and results left in, the tensors' memory."""
+    def run(self, int64_t first=0, end=None):
+        """Execute steps first ... end - 1, all by default; a step is the node of its number.
+
+        Inputs are read from, and results left in, the tensors' memory. A run may come in parts, in
+        order, so that somebody may look at what is complete already.
+
+        Raises
+        ------
+        ShapeError
+            If there are no such steps.
+        """
         if self.steps == NULL:
             self.plan()
+        cdef int64_t last = self.n_steps if end is None else end
+        if not 0 <= first <= last <= self.n_steps:
+            raise ShapeError(f"steps {first} to {last} of {self.n_steps} cannot be run")
         with nogil:
-            team_run(self.steps, self.n_steps, self.n_threads, self.scratch_start)
+            team_run(self.steps + first, last - first, self.n_threads, self.scratch_start)
 
 
 cdef int settle(Tensor view) except -1:

@@ -447,6 +447,20 @@ def test_checkpoints_change_no_bit(isa: str, dtype: DType, rng: np.random.Genera
         assert_same_bits(value, expected[name])
 
 
+def test_kept_segments_change_no_bit_and_take_memory(isa: str, rng: np.random.Generator) -> None:
+    toy = make_toy(rng)
+    kept = [set(), {"layer 1"}, {"layer 0", "layer 1"}]
+    plans = [Training(toy, isa, checkpoints=True, kept=segments) for segments in kept]
+    expected = plans[0].results()
+    for plan in plans[1:]:
+        for name, value in plan.results().items():
+            assert_same_bits(value, expected[name])
+    n_steps = [len(plan.graph.nodes) for plan in plans]
+    n_bytes = [plan.graph.arena_bytes for plan in plans]
+    assert n_steps == sorted(n_steps, reverse=True) and len(set(n_steps)) == 3
+    assert n_bytes[0] < n_bytes[2]
+
+
 def test_checkpoints_save_memory(isa: str, rng: np.random.Generator) -> None:
     toy = make_toy(rng, n_tokens=64)
     kept, again = Training(toy, isa), Training(toy, isa, checkpoints=True)

@@ -261,6 +261,28 @@ def test_a_run_plans_what_is_not_planned(isa: str) -> None:
     assert (y.numpy() == 1).all()
 
 
+def test_a_run_in_parts_gives_the_bits_of_one_run(isa: str, rng: np.random.Generator) -> None:
+    toy = make_toy(rng)
+    whole, parts = (Training(toy, isa, n_threads=2, checkpoints=True) for _ in range(2))
+    expected = whole.results()
+    for grad in parts.grads.values():
+        grad[...] = 0
+    n_steps = len(parts.graph.nodes)
+    cuts = [0, *sorted(rng.integers(0, n_steps + 1, 5).tolist()), n_steps]
+    for first, end in itertools.pairwise(cuts):
+        parts.graph.run(first, end)
+    for name, value in {"loss": parts.loss, **parts.grads}.items():
+        assert_same_bits(value, expected[name])
+
+
+@pytest.mark.parametrize("first, end", [(-1, 1), (1, 0), (0, 3)])
+def test_steps_that_are_not_there_are_refused(isa: str, first: int, end: int) -> None:
+    graph = Graph(1, isa)
+    chain_of_sums(graph, given(np.zeros((2, 2), f32)), 2)
+    with pytest.raises(ShapeError, match="of 2 cannot be run"):
+        graph.run(first, end)
+
+
 def test_a_graph_without_nodes_runs(isa: str) -> None:
     Graph(2, isa).run()
 

@@ -6,6 +6,7 @@ the norms and the embedding among them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -185,7 +186,13 @@ class Training:
     """The toy's training graph: run it, then read ``loss`` and ``grads``."""
 
     def __init__(
-        self, toy: Toy, isa: str, n_threads: int = 1, checkpoints: bool = False, keep: bool = False
+        self,
+        toy: Toy,
+        isa: str,
+        n_threads: int = 1,
+        checkpoints: bool = False,
+        keep: bool = False,
+        kept: Collection[str] = (),
     ) -> None:
         self.graph = Graph(n_threads, isa)
         interpreter = InGraph(toy, self.graph)
@@ -194,7 +201,7 @@ class Training:
         weight = np.array([toy.loss_weight], f32)
         loss, slope = ops.cross_entropy(self.graph, last, toy.targets, weight)
         self._loss = self.graph.keep(loss)
-        backward(self.graph, forward, {last: slope}, checkpoints)
+        backward(self.graph, forward, {last: slope}, checkpoints, kept)
         if keep:
             for node in self.graph.nodes:
                 for tensor in node.outputs:
