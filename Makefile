@@ -47,7 +47,7 @@ sanitize: .venv-sanitize/.installed
 
 # The tables of options and the README's figures, from their sources; tests/test_docs.py compares.
 docs: $(STAMP)
-	for command in finetune main; do \
+	for command in $$($(BIN)/python -m engine.tools.options); do \
 		{ printf '# Options of `%s`\n\n' $$command && \
 		$(BIN)/python -m engine.tools.options $$command; } > docs/$$command-options.md || exit 1; \
 	done

@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from enum import IntEnum
 from math import prod
@@ -213,12 +213,14 @@ def write_gguf(
         In the order of the file; an array's type is (ValueType.ARRAY, element type), its value
         a sequence or an array. `general.alignment` among them sets the alignment.
     tensors : sequence of (name, dtype, shape, buffer)
-        In the order of the file; shapes in NumPy order, buffers contiguous and of the exact size.
+        In the order of the file; shapes in NumPy order. A buffer is contiguous and of the exact
+        size; or a function without arguments that gives such buffers, which together have it. It is
+        called when the tensor's turn comes, so that a model need not be in memory as a whole.
 
     Raises
     ------
     FormatError
-        If something cannot be stored; nothing has been written then.
+        If something cannot be stored; the former file is whole then.
     EngineError
         If the file cannot be written; the former file is whole then.
     """
@@ -226,18 +228,24 @@ def write_gguf(
     for thing, names in (("key", [k[0] for k in keys]), ("tensor", [t[0] for t in tensors])):
         _check_names(where, thing, names)
     alignment = _chosen_alignment(where, keys)
-    buffers = [_checked_buffer(where, *tensor) for tensor in tensors]
+    sizes = [_checked_size(where, *tensor) for tensor in tensors]
     head = [MAGIC, U32.pack(VERSION), I64.pack(len(tensors)), I64.pack(len(keys))]
     head.extend(_pack_key(where, *key) for key in keys)
     offset = 0
-    for (name, dtype, shape, _), buffer in zip(tensors, buffers, strict=True):
-        sizes = struct.pack(f"<I{len(shape)}q", len(shape), *reversed(shape))
-        head.append(_pack_string(name) + sizes + U32.pack(dtype.id) + U64.pack(offset))
-        offset += align(buffer.nbytes, alignment)
+    for (name, dtype, shape, _), n_bytes in zip(tensors, sizes, strict=True):
+        packed = struct.pack(f"<I{len(shape)}q", len(shape), *reversed(shape))
+        head.append(_pack_string(name) + packed + U32.pack(dtype.id) + U64.pack(offset))
+        offset += align(n_bytes, alignment)
     with atomic_write(path) as file:
-        for part in (memoryview(b"".join(head)), *buffers):
-            file.write(part)
-            file.write(bytes(-part.nbytes % alignment))
+        start = file.write(b"".join(head))
+        file.write(bytes(-start % alignment))
+        for (name, _, _, data), n_bytes in zip(tensors, sizes, strict=True):
+            written = sum(map(file.write, _parts(data)))
+            if written != n_bytes:
+                raise FormatError(
+                    f"{where}: tensor {shown(name)}: {written} bytes came, {n_bytes} were announced"
+                )
+            file.write(bytes(-n_bytes % alignment))
 
 
 def _chosen_alignment(where: str, keys: Sequence[tuple[str, KeyType, Any]]) -> int:
@@ -264,23 +272,26 @@ def _check_names(where: str, thing: str, names: Sequence[str]) -> None:
         seen.add(name)
 
 
-def _checked_buffer(
-    where: str, name: str, dtype: DType, shape: tuple[int, ...], buffer: Any
-) -> memoryview:
-    """View a tensor's bytes, after a look at its shape."""
+def _parts(data: Any) -> Iterable[memoryview]:
+    """Bytes of a tensor, one buffer after the other."""
+    buffers = data() if callable(data) else [data]
+    return (np.frombuffer(buffer, np.uint8).data for buffer in buffers)
+
+
+def _checked_size(where: str, name: str, dtype: DType, shape: tuple[int, ...], data: Any) -> int:
+    """Bytes of a tensor, after a look at its shape, and at its buffer where it is there already."""
     problem = ""
     row = shape[-1] if shape else 1
-    data = np.frombuffer(buffer, np.uint8).data
     n_bytes = prod(shape) // dtype.block * dtype.block_bytes
     if len(shape) > MAX_DIMS or min(shape, default=1) < 1:
         problem = f"{times(shape)} is no shape that GGUF can hold"
     elif row % dtype.block:
         problem = f"rows of {row} are not whole {dtype.name} blocks of {dtype.block}"
-    elif data.nbytes != n_bytes:
-        problem = f"{times(shape)} {dtype.name} needs {n_bytes} bytes, {data.nbytes} are given"
+    elif not callable(data) and (given := np.frombuffer(data, np.uint8).nbytes) != n_bytes:
+        problem = f"{times(shape)} {dtype.name} needs {n_bytes} bytes, {given} are given"
     if problem:
         raise FormatError(f"{where}: tensor {shown(name)}: {problem}; give another shape or type")
-    return data
+    return n_bytes
 
 
 def _pack_key(where: str, key: str, kind: KeyType, value: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -14,13 +15,15 @@ from types import ModuleType
 import pytest
 
 from engine.errors import OptionError
-from engine.tools import finetune_options, main_options
-from engine.tools.options import OptionTable
+from engine.tools.options import COMMANDS, OptionTable, table_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-PARSERS = {"finetune": finetune_options.parse, "main": main_options.parse}
-TABLES = {"finetune": finetune_options.TABLE, "main": main_options.TABLE}
+TABLES = {name: table_of(name) for name in COMMANDS}
+PARSERS = {
+    name: importlib.import_module(f"engine.tools.{name.replace('-', '_')}_options").parse
+    for name in COMMANDS
+}
 MENTIONED_OF_OTHERS = {"--no-deps"}  # pip's
 
 
@@ -169,7 +172,7 @@ def test_the_first_commands_of_the_readme_are_demo_and_test() -> None:
     assert code_blocks(text_of("README.md"), "sh")[0] == "make demo\nmake test\n"
 
 
-def test_the_readme_shows_both_commands() -> None:
+def test_the_readme_shows_every_command() -> None:
     assert {Path(words[0]).name for words in commands(text_of("README.md"))} == set(PARSERS)
 
 

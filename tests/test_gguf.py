@@ -284,6 +284,31 @@ def test_tensors_are_written_aligned_and_read_back(
     assert path.stat().st_size % 128 == 0
 
 
+def test_a_tensor_may_come_in_parts_when_its_turn_comes(tmp_path: Path) -> None:
+    whole = bytes(range(48))
+    asked = []
+
+    def parts() -> Any:
+        asked.append(True)
+        yield whole[:8]
+        yield np.frombuffer(whole[8:], "<f4").reshape(2, 5)
+
+    tensors = [("a", dtypes.F32, (3, 4), parts), ("b", dtypes.F32, (3, 4), whole)]
+    write_gguf(tmp_path / "t.gguf", [], tensors)
+    with read_gguf(tmp_path / "t.gguf") as file:
+        assert file.data("a").tobytes() == file.data("b").tobytes() == whole
+    assert asked == [True]
+
+
+@pytest.mark.parametrize("n_bytes", [44, 52])
+def test_parts_that_are_not_the_tensor_leave_the_old_file(tmp_path: Path, n_bytes: int) -> None:
+    path = tmp_path / "t.gguf"
+    path.write_bytes(b"old")
+    with pytest.raises(FormatError, match=f"tensor a: {n_bytes} bytes came, 48 were announced"):
+        write_gguf(path, [], [("a", dtypes.F32, (3, 4), lambda: [bytes(n_bytes)])])
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_tensor_data_is_read_only_and_outlives_the_file(tmp_path: Path) -> None:
     path = tmp_path / "t.gguf"
     write_gguf(path, [], [("a", dtypes.F32, (2,), np.array([1, 2], "<f4"))])

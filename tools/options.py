@@ -4,7 +4,8 @@ The commands read their arguments as the original programs do, which no parser o
 library can: from left to right, a value is always the next argument (it may begin with ``-``),
 ``--opt=value`` is unknown, and ``_`` equals ``-`` in names that begin with ``--`` only.
 
-``python -m engine.tools.options finetune`` (or ``main``) prints the table for the documentation.
+``python -m engine.tools.options COMMAND`` prints the table for the documentation; without COMMAND
+it prints the names of `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from engine.errors import OptionError
 FLOAT_MAX = 3.4028234663852886e38
 MAX_THREADS = 512
 INT_MIN, INT_MAX, SEED_MAX = -(2**31), 2**31 - 1, 2**32 - 1
+
+# Commands with a table, which is in `engine.tools.NAME_options`, with underscores for hyphens.
+COMMANDS = ("finetune", "main")
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+")
 _REAL = re.compile(
@@ -86,6 +90,11 @@ class Option:
         Why the option is known but not offered; empty for an offered one.
     group : str
         Heading under which it is listed.
+    positional : bool
+        Stands for an argument that is no option, by its place among those; its one spelling is what
+        the usage calls it. With `repeat` it takes all that are left.
+    required : bool
+        Of a positional one: its absence is an error.
     """
 
     spellings: tuple[str, ...]
@@ -100,6 +109,8 @@ class Option:
     stops: bool = False
     refused: str = ""
     group: str = ""
+    positional: bool = False
+    required: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +236,16 @@ def _between(low: float, high: float) -> Callable[[Any], str]:
     return problem
 
 
+def argument(
+    name: str, dest: str, help: str, kind: Value | None = None, *, default: Any = "",
+    required: bool = True, repeat: bool = False,
+) -> Option:  # fmt: skip
+    """Make the row of an argument that is no option: a file, say, which the usage calls `name`."""
+    values = (text(name) if kind is None else kind,)
+    return Option((name,), dest, help, values, default=default, repeat=repeat,
+                  shown_default="", positional=True, required=required)  # fmt: skip
+
+
 def in_group(title: str, *rows: Option) -> tuple[Option, ...]:
     """List rows under a heading."""
     return tuple(replace(row, group=title) for row in rows)
@@ -255,7 +276,8 @@ class OptionTable:
 
     def __post_init__(self) -> None:
         """Index the rows; a name that stands twice is a mistake in the table."""
-        names = [(name, row) for row in self.rows for name in row.spellings]
+        named = [row for row in self.rows if not row.positional]
+        names = [(name, row) for row in named for name in row.spellings]
         by_name = dict(names)
         if len(by_name) != len(names):
             raise ValueError(f"{self.program}: an option is spelled the same way in two rows")
@@ -264,6 +286,10 @@ class OptionTable:
     def offered(self) -> tuple[Option, ...]:
         """Rows that the command accepts."""
         return tuple(row for row in self.rows if not row.refused)
+
+    def positionals(self) -> tuple[Option, ...]:
+        """Rows of arguments that are no options, in their order."""
+        return tuple(row for row in self.rows if row.positional)
 
     def find(self, name: str) -> Option | None:
         """Find the row with a (normalised) spelling."""
@@ -293,7 +319,8 @@ class OptionTable:
 
     def usage(self) -> str:
         """Make the usage text."""
-        lines = [f"usage: {self.program} [options]"]
+        places = "".join(f" {_placeholder(row)}" for row in self.positionals())
+        lines = [f"usage: {self.program} [options]{places}"]
         group = None
         for row in self.offered():
             if row.group != group:
@@ -348,12 +375,16 @@ class _Reader:
             name = self._next_name()
             row = self.table.find(name)
             if row is None:
-                raise UsageError(f"unknown argument: {name}")
+                self._store_positional(name)
+                continue
             if row.refused:
                 raise OptionError(f"option {name} of the original is {row.refused}")
             if row.stops:
                 return self._result(stopped_by=row.dest)
             self._store(name, row)
+        for row in self.table.positionals():
+            if row.required and row.dest not in self.given:
+                raise UsageError(f"{row.spellings[0]} is missing")
         for checks in self.to_check.values():
             for name, kind, value in checks:
                 problem = kind.problem(value)
@@ -365,6 +396,14 @@ class _Reader:
         argument = self.arguments[self.place]
         self.place += 1
         return argument.replace("_", "-") if argument.startswith("--") else argument
+
+    def _store_positional(self, name: str) -> None:
+        free = (r for r in self.table.positionals() if r.repeat or r.dest not in self.given)
+        row = None if name.startswith("-") else next(free, None)
+        if row is None:
+            raise UsageError(f"unknown argument: {name}")
+        self.place -= 1  # the argument is the value itself
+        self._store(row.spellings[0], row)
 
     def _store(self, name: str, row: Option) -> None:
         converted = [self._value(name, kind) for kind in row.values]
@@ -411,7 +450,14 @@ def _made(row: Option, values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def _placeholder(row: Option) -> str:
+    name = row.spellings[0] + (" ..." if row.repeat else "")
+    return name if row.required else f"[{name}]"
+
+
 def _signature(name: str, row: Option) -> str:
+    if row.positional:
+        return name
     return " ".join([name, *(kind.metavar for kind in row.values)])
 
 
@@ -430,7 +476,7 @@ def _default_text(row: Option) -> str:
 
 
 def _usage_lines(row: Option) -> list[str]:
-    values = "".join(f" {kind.metavar}" for kind in row.values)
+    values = "" if row.positional else "".join(f" {kind.metavar}" for kind in row.values)
     left = "  " + ", ".join(row.spellings) + values
     shown = _default_text(row)
     sentence = f"{row.help} (default: {shown})" if shown else row.help
@@ -446,14 +492,23 @@ def _cell(content: str) -> str:
     return content.replace("|", r"\|")
 
 
-def _document(arguments: Sequence[str]) -> int:
+def table_of(command: str) -> OptionTable:
+    """Give the table of one of `COMMANDS`."""
     from importlib import import_module
 
-    if list(arguments) not in (["finetune"], ["main"]):
-        print("usage: python -m engine.tools.options {finetune,main}", file=sys.stderr)
+    module = import_module(f"engine.tools.{command.replace('-', '_')}_options")
+    table: OptionTable = module.TABLE
+    return table
+
+
+def _document(arguments: Sequence[str]) -> int:
+    if not arguments:
+        print(*COMMANDS)
+        return 0
+    if len(arguments) > 1 or arguments[0] not in COMMANDS:
+        print(f"usage: python -m engine.tools.options [{'|'.join(COMMANDS)}]", file=sys.stderr)
         return 1
-    table: OptionTable = import_module(f"engine.tools.{arguments[0]}_options").TABLE
-    print(table.markdown(), end="")
+    print(table_of(arguments[0]).markdown(), end="")
     return 0
 
 

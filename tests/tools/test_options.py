@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 
 import pytest
 
 from engine.errors import OptionError
 from engine.tools.options import (
+    COMMANDS,
     Option,
     OptionTable,
     UsageError,
     _document,
+    argument,
     choice,
     in_group,
     leading_float,
     not_offered,
     real,
     seed,
+    table_of,
     text,
     whole,
 )
@@ -214,24 +216,70 @@ def test_the_documentation_lists_every_row_once():
     assert sum(line.startswith("| `") for line in lines) == len(TABLE.rows)
 
 
-@pytest.mark.parametrize("command", ["finetune", "main"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_have_complete_tables(command):
-    table = import_module(f"engine.tools.{command}_options").TABLE
+    table = table_of(command)
     assert table.program == command
     for row in table.offered():
         assert row.help and row.group and row.dest
-    for name in [name for row in table.rows for name in row.spellings]:
+    named = [row for row in table.rows if not row.positional]
+    for name in [name for row in named for name in row.spellings]:
         assert re.fullmatch(r"-[a-z]+|--[a-z0-9]+(-[a-z0-9]+)*", name)
 
 
-@pytest.mark.parametrize("command", ["finetune", "main"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_documentation_of_a_command_is_printed_by_name(command, capsys):
     assert _document([command]) == 0
-    table = import_module(f"engine.tools.{command}_options").TABLE
-    assert capsys.readouterr().out == table.markdown()
+    assert capsys.readouterr().out == table_of(command).markdown()
 
 
-@pytest.mark.parametrize("arguments", [[], ["perplexity"], ["main", "finetune"]])
+def test_without_a_name_the_commands_are_listed(capsys):
+    assert _document([]) == 0
+    assert capsys.readouterr().out.split() == list(COMMANDS)
+
+
+FILES = OptionTable(
+    "copy",
+    in_group(
+        "arguments",
+        argument("IN", "source", "what to copy"),
+        argument("OUT", "target", "where to", required=False),
+        argument("WORD", "words", "what else", required=False, repeat=True),
+        Option(("--fast",), "fast", "quickly", default=False),
+    ),
+)
+
+
+def test_arguments_that_are_no_options_go_by_their_place():
+    assert FILES.parse(["a_b", "--fast", "c", "d", "e"]).values == {
+        "source": "a_b", "target": "c", "words": ("d", "e"), "fast": True,
+    }  # fmt: skip
+    assert FILES.parse(["IN"]).values == {"source": "IN", "target": "", "words": (), "fast": False}
+
+
+def test_an_argument_that_must_be_there_is_missed():
+    with pytest.raises(UsageError, match=r"^IN is missing$"):
+        FILES.parse(["--fast"])
+
+
+def test_a_hyphen_makes_no_file():
+    with pytest.raises(UsageError, match="unknown argument: -slow"):
+        FILES.parse(["a", "-slow"])
+
+
+def test_more_arguments_than_places_are_unknown():
+    with pytest.raises(UsageError, match="unknown argument: 5"):
+        parse("5")
+
+
+def test_the_usage_shows_the_places():
+    lines = FILES.usage().splitlines()
+    assert lines[0] == "usage: copy [options] IN [OUT] [WORD ...]"
+    assert "  IN                              what to copy" in lines
+    assert "| `OUT` |  | where to |" in FILES.markdown().splitlines()
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["main", "finetune"]])
 def test_the_documentation_of_nothing_known_is_refused(arguments, capsys):
     assert _document(arguments) == 1
     assert capsys.readouterr().err.startswith("usage: ")
