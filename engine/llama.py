@@ -1,4 +1,4 @@
-"""The llama architecture: hyperparameters, weights by name, rotation tables, the model as a graph.
+"""The llama architecture: hyperparameters, weights by name, the model as a graph.
 
 Another architecture is a file like this one and a row in `model.ARCHITECTURES`.
 """
@@ -6,17 +6,18 @@ Another architecture is a file like this one and a row in `model.ARCHITECTURES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine import ops
-from engine.errors import FormatError
+from engine.errors import FormatError, ShapeError
 from engine.gguf import GGUFFile, TensorInfo
 from engine.graph import Graph
+from engine.rope import SCALINGS, Rope, RopeOptions, Tables
 from engine.tensor import Tensor
 
 ARCHITECTURE = "llama"  # general.architecture, and the prefix of its keys
@@ -45,15 +46,6 @@ class AdapterTensors(NamedTuple):
     scale: float
 
 
-class RopeScaling(NamedTuple):
-    """How angles are stretched: the kind, its factor, YaRN's original context, the magnitude."""
-
-    kind: str
-    factor: float
-    original_context: int
-    attn_factor: float
-
-
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
     """Sizes and constants of a model, checked against each other."""
@@ -66,10 +58,8 @@ class Hyperparameters:
     n_head_kv: int
     n_layer: int
     head_dim: int
-    n_rot: int
     rms_eps: float
-    rope_freq_base: float
-    rope_scaling: RopeScaling
+    rope: Rope
 
     @property
     def n_embd_kv(self) -> int:
@@ -77,27 +67,27 @@ class Hyperparameters:
         return self.n_head_kv * self.head_dim
 
     @property
-    def rope_freq_scale(self) -> float:
-        """Factor on positions: the reciprocal of the linear scaling's."""
-        return 1.0 / self.rope_scaling.factor
+    def n_rot(self) -> int:
+        """Rotated elements of a head."""
+        return self.rope.n_rot
 
-    def overridden(
-        self,
-        rms_eps: float | None = None,
-        rope_freq_base: float | None = None,
-        rope_freq_scale: float | None = None,
-    ) -> Hyperparameters:
+    @property
+    def rope_freq_base(self) -> float:
+        """Base of the rotation's frequencies."""
+        return self.rope.freq_base
+
+    @property
+    def rope_freq_scale(self) -> float:
+        """Factor on the rotation's angles: the reciprocal of the linear scaling's."""
+        return self.rope.scale
+
+    def overridden(self, rms_eps: float | None, rope: RopeOptions | None) -> Hyperparameters:
         """Give a copy in which the values that are not None replace the model's."""
-        changed: dict[str, Any] = {}
-        if rms_eps is not None:
-            changed["rms_eps"] = rms_eps
-        if rope_freq_base is not None:
-            changed["rope_freq_base"] = rope_freq_base
-        if rope_freq_scale is not None:
-            kind = "linear" if self.rope_scaling.kind == "none" else self.rope_scaling.kind
-            scaling = self.rope_scaling._replace(kind=kind, factor=1.0 / rope_freq_scale)
-            changed["rope_scaling"] = scaling
-        return replace(self, **changed)
+        return replace(
+            self,
+            rms_eps=self.rms_eps if rms_eps is None else rms_eps,
+            rope=self.rope if rope is None else self.rope.overridden(rope),
+        )
 
 
 def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
@@ -147,9 +137,6 @@ def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
         if wrong:
             raise FormatError(f"{file.path}: {text}")
     n_ctx_train = positive("context_length")
-    base = real("rope.freq_base", 10000.0)
-    if base <= 0:
-        raise FormatError(f"{file.path}: key {arch}.rope.freq_base: {base} cannot be used")
     return Hyperparameters(
         n_vocab=n_vocab,
         n_ctx_train=n_ctx_train,
@@ -159,70 +146,31 @@ def read_hyperparameters(file: GGUFFile, n_vocab: int) -> Hyperparameters:
         n_head_kv=n_head_kv,
         n_layer=positive("block_count", limit=MAX_LAYERS),
         head_dim=head_dim,
-        n_rot=n_rot,
         rms_eps=real("attention.layer_norm_rms_epsilon"),
-        rope_freq_base=base,
-        rope_scaling=_read_scaling(file, arch, n_ctx_train, real),
+        rope=_read_rope(file, n_rot, n_ctx_train, real),
     )
 
 
-def _read_scaling(
-    file: GGUFFile, arch: str, n_ctx_train: int, real: Callable[..., float]
-) -> RopeScaling:
-    kind = file.get_str(f"{arch}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
-        raise FormatError(f"{file.path}: key {arch}.rope.scaling.type: {kind!r} is not known")
+def _read_rope(file: GGUFFile, n_rot: int, n_ctx_train: int, real: Callable[..., float]) -> Rope:
+    prefix = f"{ARCHITECTURE}.rope."
+    scaling = file.get_str(prefix + "scaling.type", "linear")
+    if scaling not in SCALINGS:
+        raise FormatError(f"{file.path}: key {prefix}scaling.type: {scaling!r} is not known")
     factor = real("rope.scaling.factor", 0.0) or real("rope.scale_linear", 0.0) or 1.0
-    original = file.get_int(f"{arch}.rope.scaling.original_context_length", n_ctx_train)
+    original = file.get_int(prefix + "scaling.original_context_length", n_ctx_train)
     if original <= 0:
         raise FormatError(f"{file.path}: the original context length {original} cannot be used")
-    attn_factor = real("rope.scaling.attn_factor", 1.0)
-    return RopeScaling(kind, 1.0 if kind == "none" else factor, original, attn_factor)
-
-
-def rope_tables(
-    h: Hyperparameters, n_positions: int, factors: NDArray[np.float32] | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines of every position, as the rotation kernel wants them.
-
-    Computed in float64. Linear scaling divides all angles; YaRN (arXiv:2309.00071) divides the slow
-    ones and keeps the fast; ``rope_freqs.weight`` (Llama 3) divides each pair by its own factor.
-
-    Parameters
-    ----------
-    factors : ndarray of shape (n_rot / 2,), optional
-        Divisors of the angles.
-
-    Returns
-    -------
-    cos, sin : ndarray of shape (n_positions, n_rot), float32
-        Each value twice, for both of a pair; sines negative for the first.
-    """
-    half = h.n_rot // 2
-    pair = np.arange(half)
-    frequency = h.rope_freq_base ** (-2.0 * pair / h.n_rot)
-    if factors is not None:
-        frequency = frequency / factors.astype(np.float64)
-    kind, factor, original, magnitude = h.rope_scaling
-    if kind == "yarn" and factor != 1.0:
-
-        def turns(beta: float) -> float:
-            """Pair that turns `beta` times over the original context."""
-            span = math.log(original / (2 * math.pi * beta))
-            return h.n_rot * span / (2 * math.log(h.rope_freq_base))
-
-        low = max(0, math.floor(turns(32)))
-        high = min(h.n_rot - 1, math.ceil(turns(1)))
-        keep = 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / factor
-        magnitude *= 1 + 0.1 * math.log(factor)
-    else:
-        frequency = frequency / factor
-    angle = np.arange(n_positions)[:, None] * frequency[None, :]
-    cos = np.repeat(magnitude * np.cos(angle), 2, axis=1).astype(np.float32)
-    sin = np.repeat(magnitude * np.sin(angle), 2, axis=1).astype(np.float32)
-    sin[:, 0::2] *= -1
-    return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+    try:
+        return Rope(
+            n_rot,
+            freq_base=real("rope.freq_base", 10000.0),
+            scaling=scaling,
+            freq_scale=1.0 / factor,
+            original_context=original,
+            attn_factor=real("rope.scaling.attn_factor", 1.0),
+        )
+    except ShapeError as error:
+        raise FormatError(f"{file.path}: keys {prefix}…: {error}") from None
 
 
 class Weights:
@@ -373,7 +321,7 @@ class Builder:
     ids, positions : ndarray of shape (n_tokens,), int32
         Read at each run.
     tables : (cos, sin)
-        From `rope_tables`, for all positions that occur.
+        From `Rope.tables`, for all positions that occur.
     attend : callable
     """
 
@@ -385,7 +333,7 @@ class Builder:
         adapters: Mapping[str, AdapterTensors],
         ids: NDArray[np.int32],
         positions: NDArray[np.int32],
-        tables: tuple[NDArray[np.float32], NDArray[np.float32]],
+        tables: Tables,
         attend: Attend,
         *,
         round_query: bool = False,
@@ -456,33 +404,3 @@ class Builder:
     def logits(self, x: Tensor) -> Tensor:
         """Scores of every token: (rows of x, n_vocab)."""
         return self.linear(x, "output")
-
-
-def join_adapters(
-    adapters: Sequence[tuple[Any, float]], shapes: Iterable[tuple[str, int, int, int]]
-) -> dict[str, AdapterTensors]:
-    """Stack adapters by rank, so that any number of them costs one pair of thin products.
-
-    Parameters
-    ----------
-    adapters : sequence of (Adapter, scale)
-        Each adapter's own scale alpha / r is multiplied in.
-    shapes : from `adapter_shapes`
-        Tensors of the model.
-    """
-    joined = {}
-    for name, n_in, n_out, _ in shapes:
-        pairs = [(a.pairs[name], s * a.scale) for a, s in adapters if name in a.pairs]
-        if not pairs:
-            continue
-        a = np.concatenate([pair.a for pair, _ in pairs])
-        b = np.concatenate([pair.b * np.float32(scale) for pair, scale in pairs])
-        if n_out == 1:
-            b = b.reshape(1, -1)
-        rank = len(a)
-        joined[name] = AdapterTensors(
-            Tensor.external(name + ".a", a, rank, n_in),
-            Tensor.external(name + ".b", b, *b.shape),
-            1.0,
-        )
-    return joined

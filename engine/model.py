@@ -19,7 +19,8 @@ from engine.graph import Graph
 from engine.kernels import find_invalid, prefers_pairs
 from engine.kvcache import KVCache
 from engine.llama import Hyperparameters, Weights
-from engine.lora import Adapter
+from engine.lora import Adapter, join_adapters
+from engine.rope import RopeOptions, Tables
 from engine.tensor import Tensor
 from engine.tokenizer import Tokenizer
 
@@ -72,8 +73,7 @@ class Model:
         *,
         check_tensors: bool = False,
         rms_eps: float | None = None,
-        rope_freq_base: float | None = None,
-        rope_freq_scale: float | None = None,
+        rope: RopeOptions | None = None,
     ) -> Model:
         """Map a GGUF file and check that it is a model of a known architecture.
 
@@ -82,8 +82,10 @@ class Model:
         path : path of a GGUF file
         check_tensors : bool
             Look at every value for infinities and NaN.
-        rms_eps, rope_freq_base, rope_freq_scale : float, optional
-            Replace the model's.
+        rms_eps : float, optional
+            Replaces the model's.
+        rope : RopeOptions, optional
+            Replace the model's, each that is not None.
 
         Raises
         ------
@@ -104,7 +106,7 @@ class Model:
             )
         tokenizer = Tokenizer.from_metadata(file.metadata, str(path))
         hparams = module.read_hyperparameters(file, tokenizer.n_vocab)
-        hparams = hparams.overridden(rms_eps, rope_freq_base, rope_freq_scale)
+        hparams = hparams.overridden(rms_eps, rope)
         weights = module.Weights(file, hparams)
         if check_tensors:
             check_values(file)
@@ -117,12 +119,9 @@ class Model:
         )
         return shapes
 
-    def rope_tables(self, n_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosines and sines for positions below `n_positions`."""
-        tables: tuple[NDArray[np.float32], NDArray[np.float32]] = self.architecture.rope_tables(
-            self.hparams, n_positions, self.weights.rope_factors
-        )
-        return tables
+    def rope_tables(self, positions: Sequence[int], *, unit: bool = False) -> Tables:
+        """Cosines and sines of positions; see `Rope.tables`."""
+        return self.hparams.rope.tables(positions, self.weights.rope_factors, unit=unit)
 
 
 def check_values(file: GGUFFile) -> None:
@@ -204,9 +203,9 @@ class Context:
         self._isa = isa
         self._pairs = bf16 == "fast" and prefers_pairs(isa)
         self._cache = KVCache(h.n_layer, n_ctx, h.n_embd_kv, cache_type)
-        self._tables = model.rope_tables(n_ctx)
+        self._tables = model.rope_tables(range(n_ctx))
         every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
-        self._adapters = llama.join_adapters(adapters, model.adapter_shapes(every))
+        self._adapters = join_adapters(adapters, model.adapter_shapes(every))
         self._evaluations: OrderedDict[tuple[int, bool], _Evaluation] = OrderedDict()
 
     @property
@@ -296,10 +295,8 @@ class Context:
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Drop `n_discard` positions behind the first `n_keep` and move the rest down."""
-        cos, sin = self.model.rope_tables(n_discard + 1)
-        magnitude = np.hypot(cos[-1, 0], sin[-1, 0])  # YaRN's is in the keys already
-        row = (cos[-1] / magnitude, sin[-1] / magnitude)
-        self._cache.shift(n_keep, n_discard, *row, self.model.hparams.head_dim)
+        cos, sin = self.model.rope_tables([n_discard], unit=True)
+        self._cache.shift(n_keep, n_discard, cos[0], sin[0], self.model.hparams.head_dim)
 
     def truncate(self, n_past: int) -> None:
         """Forget the positions from `n_past` on."""

@@ -33,6 +33,7 @@ ORDER = [
     "graph",
     "ops",
     "autograd",
+    "rope",
     "kvcache",
     "llama",
     "lora",

@@ -130,13 +130,13 @@ class _Job:
 
     def _load_model(self, path: Path) -> Model:
         from engine.model import Model
+        from engine.rope import RopeOptions
 
         options = self.options
         model = Model.load(
             path,
             rms_eps=options.norm_rms_eps,
-            rope_freq_base=options.rope_freq_base,
-            rope_freq_scale=options.rope_freq_scale,
+            rope=RopeOptions(freq_base=options.rope_freq_base, freq_scale=options.rope_freq_scale),
         )
         for warning in model.warnings:
             note(f"warning: {warning}")

@@ -12,6 +12,7 @@ forward pass read rows.
 ``gguf_form``       the GGUF file that llama.cpp loads since July 2024
 ``peft_form``       the folder of Hugging Face's PEFT
 ``safetensors``     the container of its tensors
+``join``            several adapters stacked into one pair a tensor
 ``forms``           which form: by the content when reading, by the name when writing
 ==================  ===========================================================================
 
@@ -36,6 +37,7 @@ from engine.lora.adapter import (
     table_position,
 )
 from engine.lora.forms import form_of_path, read_adapter, refusals, write_adapter
+from engine.lora.join import join_adapters
 
 __all__ = [
     "KINDS",
@@ -50,6 +52,7 @@ __all__ = [
     "create_adapter",
     "file_order",
     "form_of_path",
+    "join_adapters",
     "kind_of",
     "layer_of",
     "read_adapter",

@@ -65,7 +65,7 @@ class _Pass:
             adapters,
             self.ids,
             np.tile(np.arange(n_ctx, dtype=np.int32), n_batch),
-            model.rope_tables(n_ctx),
+            model.rope_tables(range(n_ctx)),
             attend,
         )
         hidden = builder.hidden()
