@@ -72,6 +72,11 @@ class Candidates:
         self.p = self.p / running(self.p)[-1]
 
 
+def log_softmax(x: Floats) -> Floats:
+    p = exp(x - x.max())
+    return log(p / running(p)[-1])
+
+
 def first(condition: NDArray[np.bool_], otherwise: int) -> int:
     return int(np.argmax(condition)) if condition.any() else otherwise
 
@@ -209,10 +214,13 @@ class Reference:
         self.mu = self.mu - F(self.params.mirostat_eta) * error
         return place
 
-    def sample(self, logits: Floats) -> int:
+    def sample(self, logits: Floats, guidance: Floats | None = None) -> int:
         logits = logits.copy()
         for token, bias in self.params.logit_bias.items():
             logits[token] += F(bias)
+        if guidance is not None:
+            log_p, log_g = log_softmax(logits), log_softmax(guidance)
+            logits = F(self.params.cfg_scale) * (log_p - log_g) + log_g
         self.c = Candidates(np.arange(self.n_vocab), self.penalized(logits))
         if self.params.temp <= 0:
             place = int(np.argmax(self.c.logits))
@@ -334,10 +342,11 @@ def test_a_full_sort_of_a_large_vocabulary_is_descending_and_stable(
 
 
 @pytest.mark.parametrize("k", [3, 200])
-def test_equal_logits_stand_lower_token_first(k: int) -> None:
+@pytest.mark.parametrize("queue", [QUEUE, QUEUE[::-1]])
+def test_equal_logits_stand_lower_token_first(k: int, queue: tuple[str, ...]) -> None:
     logits = np.zeros(1000, F)
     logits[[17, 900]] = 1
-    sampler = Sampler(replace(OFF, top_k=k, n_probs=4), 1000)
+    sampler = Sampler(replace(OFF, top_k=k, samplers=queue, n_probs=4), 1000)
     sampler.sample(logits)
     assert [token for token, _ in sampler.top()] == [17, 900, 0, 1][: min(4, k)]
 
@@ -527,6 +536,43 @@ def test_typical_ignores_probabilities_that_underflow() -> None:
     assert sampler.top() == [(0, 0.5), (1, 0.5)]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.5, 4.0])
+def test_guidance_agrees_with_the_reference_between_biases_and_penalties(
+    scale: float, rng: np.random.Generator
+) -> None:
+    biases = {3: 2.0, 5: -np.inf}
+    params = SamplingParams(cfg_scale=scale, logit_bias=biases, penalty_repeat=1.3, seed=9)
+    sampler, reference = Sampler(params, 300, 7), Reference(params, 300, 7)
+    for _ in range(30):
+        logits, guidance = random_logits(rng, 300), random_logits(rng, 300)
+        copy = guidance.copy()
+        token = sampler.sample(logits, guidance)
+        assert token == reference.sample(logits, guidance) != 5
+        np.testing.assert_array_equal(guidance, copy)
+        sampler.accept(token)
+        reference.accept(token)
+
+
+def test_guidance_leads_away_from_what_it_finds_likely() -> None:
+    logits, guidance = np.array([1, 0.9, 0], F), np.array([2, 0, 0], F)
+    sampler = Sampler(replace(OFF, temp=0.0, cfg_scale=2.0), 3)
+    assert (sampler.sample(logits), sampler.sample(logits, guidance)) == (0, 1)
+
+
+def test_a_forced_token_is_forced_under_guidance_too() -> None:
+    sampler = Sampler(replace(OFF, cfg_scale=3.0, logit_bias={2: np.inf}), 4)
+    assert {sampler.sample(np.zeros(4, F), np.zeros(4, F)) for _ in range(5)} == {2}
+
+
+def test_a_reset_sampler_has_no_history_but_its_generator_goes_on() -> None:
+    sampler = Sampler(OFF, 1000)
+    first_token = sampler.sample(np.zeros(1000, F))
+    sampler.accept(first_token)
+    sampler.reset()
+    np.testing.assert_array_equal(sampler.recent, np.zeros(64))
+    assert sampler.sample(np.zeros(1000, F)) != first_token
+
+
 def test_logits_are_left_as_they_were(rng: np.random.Generator) -> None:
     logits = rng.standard_normal(50).astype(F)
     copy = logits.copy()
@@ -542,6 +588,8 @@ def test_logits_that_are_no_numbers_are_refused_by_token(bad: float) -> None:
     logits[[31, 90]] = bad
     with pytest.raises(DataError, match=f"logit of token 31 is {bad}"):
         sampler.sample(logits)
+    with pytest.raises(DataError, match=f"logit of token 31 is {bad}"):
+        sampler.sample(np.zeros(100, F), logits)
     logits[[31, 90]] = 0
     assert 0 <= sampler.sample(logits) < 100
 
