@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -29,6 +29,10 @@ ARCHITECTURES = {llama.ARCHITECTURE: llama}
 
 # Graphs kept for chunks of other lengths than one token; a prompt's last chunk has any length.
 KEPT_GRAPHS = 4
+
+# The most logits that stand in memory at a time, where those of many tokens are wanted: tokens go
+# through the output in blocks.
+LOGIT_BYTES = 24 << 20
 
 BF16_MODES = ("fast", "exact")
 
@@ -146,12 +150,25 @@ def check_values(file: GGUFFile) -> None:
 
 
 class _Evaluation(NamedTuple):
-    """A planned graph for chunks of one length, with its inputs and result."""
+    """A planned graph for chunks of one length, with its inputs and result.
+
+    `hidden` is what the output weights multiply: rows of the chunk's last tokens, of which
+    `logits`, where the graph computes them, is the product.
+    """
 
     graph: Graph
     ids: NDArray[np.int32]
     positions: NDArray[np.int32]
+    hidden: Tensor
     logits: Tensor | None
+
+
+class _Head(NamedTuple):
+    """A planned graph from hidden rows to logits."""
+
+    graph: Graph
+    hidden: NDArray[np.float32]
+    logits: Tensor
 
 
 class Context:
@@ -206,7 +223,9 @@ class Context:
         self._tables = model.rope_tables(range(n_ctx))
         every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
         self._adapters = join_adapters(adapters, model.adapter_shapes(every))
-        self._evaluations: OrderedDict[tuple[int, bool], _Evaluation] = OrderedDict()
+        # By length, rows of the result, and whether they are logits.
+        self._evaluations: OrderedDict[tuple[int, int, bool], _Evaluation] = OrderedDict()
+        self._heads: dict[int, _Head] = {}
 
     @property
     def n_past(self) -> int:
@@ -232,6 +251,52 @@ class Context:
         DataError
             If one is not in the vocabulary.
         """
+        ids = self._checked(tokens)
+        n = len(ids)
+        for begin in range(0, n, self._n_chunk):
+            chunk = ids[begin : begin + self._n_chunk]
+            result = self._run(chunk, 1, head=begin + len(chunk) == n)
+        assert result.logits is not None
+        return result.logits.numpy()[0]
+
+    def logits(self, tokens: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Append tokens to the cache and give the logits of all but the first of them.
+
+        They come in blocks of at most `LOGIT_BYTES`, in order; tokens are evaluated as blocks are
+        asked for.
+
+        Parameters
+        ----------
+        tokens : sequence of int, at least one
+        first : int
+            Tokens without logits at the beginning.
+
+        Returns
+        -------
+        iterator of ndarray of shape (n, n_vocab), float32
+            In memory that the next block overwrites.
+
+        Raises
+        ------
+        ShapeError, DataError
+            As `evaluate` does.
+        """
+        return self._logits(self._checked(tokens), first)
+
+    def _logits(self, ids: NDArray[np.int64], first: int) -> Iterator[NDArray[np.float32]]:
+        rows = max(1, LOGIT_BYTES // (4 * self.model.hparams.n_vocab))
+        for begin in range(0, len(ids), self._n_chunk):
+            chunk = ids[begin : begin + self._n_chunk]
+            wanted = min(len(chunk), max(0, begin + len(chunk) - first))
+            hidden = self._run(chunk, max(1, wanted), head=False).hidden
+            for row in range(hidden.rows - wanted, hidden.rows, rows):
+                part = hidden.numpy()[row : row + rows]
+                head = self._head(len(part))
+                head.hidden[:] = part
+                head.graph.run()
+                yield head.logits.numpy()
+
+    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64)
         n = len(ids)
         if n == 0 or self.n_past + n > self.n_ctx:
@@ -240,33 +305,66 @@ class Context:
             raise DataError(
                 f"token {ids.min() if ids.min() < 0 else ids.max()} is not in the vocabulary"
             )
-        for begin in range(0, n, self._n_chunk):
-            chunk = ids[begin : begin + self._n_chunk]
-            result = self._evaluation(len(chunk), begin + len(chunk) == n)
-            result.ids[:] = chunk
-            result.positions[:] = np.arange(self.n_past, self.n_past + len(chunk))
-            result.graph.run()
-            self._cache.n_past[0] += len(chunk)
-        assert result.logits is not None
-        return result.logits.numpy()[0]
+        return ids
 
-    def _evaluation(self, n_tokens: int, last: bool) -> _Evaluation:
-        key = (n_tokens, last)
+    def _run(self, chunk: NDArray[np.int64], n_last: int, *, head: bool) -> _Evaluation:
+        """Evaluate tokens that one graph takes; the result has so many last rows."""
+        result = self._evaluation(len(chunk), n_last, head)
+        result.ids[:] = chunk
+        result.positions[:] = np.arange(self.n_past, self.n_past + len(chunk))
+        result.graph.run()
+        self._cache.n_past[0] += len(chunk)
+        return result
+
+    def _evaluation(self, n_tokens: int, n_last: int, head: bool) -> _Evaluation:
+        key = (n_tokens, n_last, head)
         found = self._evaluations.get(key)
         if found is None:
-            found = self._evaluations[key] = self._build(n_tokens, last)
+            found = self._evaluations[key] = self._build(*key)
         self._evaluations.move_to_end(key)
         others = [k for k in self._evaluations if k[0] != 1]
         if len(others) > KEPT_GRAPHS:
             del self._evaluations[others[0]]
         return found
 
-    def _build(self, n_tokens: int, last: bool) -> _Evaluation:
-        h, cache = self.model.hparams, self._cache
+    def _graph(self, n_tokens: int) -> Graph:
         graph = Graph(self._threads[n_tokens > 1], self._isa)
         graph.partner = True
         graph.pairs = self._pairs
+        return graph
+
+    def _head(self, n_rows: int) -> _Head:
+        """Find the graph of the output's product for so many rows."""
+        found = self._heads.get(n_rows)
+        if found is not None:
+            return found
+        if len(self._heads) == KEPT_GRAPHS:
+            del self._heads[next(iter(self._heads))]
+        h = self.model.hparams
+        rows = np.zeros((n_rows, h.n_embd), np.float32)
+        graph = self._graph(n_rows)
+        builder = self._builder(graph, *np.zeros((2, n_rows), np.int32))
+        hidden = Tensor.external("hidden", rows, n_rows, h.n_embd)
+        logits = graph.keep(builder.logits(hidden))
+        graph.plan()
+        self._heads[n_rows] = _Head(graph, rows, logits)
+        return self._heads[n_rows]
+
+    def _build(self, n_tokens: int, n_last: int, head: bool) -> _Evaluation:
+        graph = self._graph(n_tokens)
         ids, positions = np.zeros((2, n_tokens), np.int32)
+        builder = self._builder(graph, ids, positions)
+        hidden = builder.hidden(n_last)
+        logits = graph.keep(builder.logits(hidden)) if head else None
+        if not head:
+            graph.keep(hidden)
+        graph.plan()
+        return _Evaluation(graph, ids, positions, hidden, logits)
+
+    def _builder(
+        self, graph: Graph, ids: NDArray[np.int32], positions: NDArray[np.int32]
+    ) -> llama.Builder:
+        h, cache = self.model.hparams, self._cache
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
@@ -277,7 +375,7 @@ class Context:
                 graph, q, keys, values, 1, h.n_head, h.n_head_kv, scale, cache.n_past
             )
 
-        builder = self.model.architecture.Builder(
+        builder: llama.Builder = self.model.architecture.Builder(
             graph,
             h,
             self.model.weights.by_name,
@@ -288,10 +386,7 @@ class Context:
             attend,
             round_query=cache.dtype is F16,
         )
-        hidden = builder.hidden(1)
-        logits = graph.keep(builder.logits(hidden)) if last else None
-        graph.plan()
-        return _Evaluation(graph, ids, positions, logits)
+        return builder
 
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Drop `n_discard` positions behind the first `n_keep` and move the rest down."""

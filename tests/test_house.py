@@ -40,6 +40,7 @@ ORDER = [
     "sampling",
     "model",
     "generate",
+    "measure",
     "training",
     "tools",
 ]

@@ -1,4 +1,4 @@
-"""Contexts: the arithmetic that is asked for."""
+"""Contexts: the arithmetic that is asked for, logits of one token and of many."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import engine.model
 from engine import kernels
 from engine.dtypes import BF16, F32
-from engine.errors import OptionError
+from engine.errors import EngineError, OptionError
 from engine.gguf import read_gguf, write_gguf
 from engine.model import Context, Model
 
 TOKENS = list(range(1, 41))
+
+# Queries and keys are rounded to halves: another order of sums tips some of them over.
+HALF = 5e-4
 
 
 def in_float32(source: Path, target: Path) -> Path:
@@ -31,7 +35,7 @@ def in_float32(source: Path, target: Path) -> Path:
     return target
 
 
-def last_logits(path: Path, bf16: str, isa: str) -> NDArray[np.float32]:
+def last_logits(path: Path, bf16: str, isa: str | None) -> NDArray[np.float32]:
     return Context(Model.load(path), 64, bf16=bf16, isa=isa).evaluate(TOKENS).copy()
 
 
@@ -49,3 +53,55 @@ def test_exact_means_what_the_same_weights_in_float32_give(
 def test_an_unknown_arithmetic_is_refused(data_dir: Path) -> None:
     with pytest.raises(OptionError, match="--bf16: half is not one of fast, exact"):
         Context(Model.load(data_dir / "mini-bf16.gguf"), 64, bf16="half")
+
+
+# ---------------------------------------------------------------- logits of many tokens
+
+
+def every_row(context: Context, tokens: list[int], first: int) -> list[NDArray[np.float32]]:
+    return [block.copy() for block in context.logits(tokens, first)]
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 12, 19])
+def test_logits_of_many_tokens_are_those_of_each_as_the_last(data_dir: Path, first: int) -> None:
+    model = Model.load(data_dir / "mini-f32.gguf")
+    rows = np.concatenate(every_row(Context(model, 64, n_ubatch=8), TOKENS[:20], first))
+    assert rows.shape == (20 - first, model.hparams.n_vocab)
+    for i, row in enumerate(rows):
+        last = Context(model, 64).evaluate(TOKENS[: first + i + 1])
+        np.testing.assert_allclose(row, last, rtol=0, atol=HALF)
+
+
+def test_logits_come_in_blocks_that_memory_allows(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.load(data_dir / "mini-q8_0.gguf")
+    (together,) = every_row(Context(model, 64), TOKENS, 4)
+    monkeypatch.setattr(engine.model, "LOGIT_BYTES", 10 * 4 * model.hparams.n_vocab)
+    blocks = every_row(Context(model, 64), TOKENS, 4)
+    assert [len(block) for block in blocks] == [10, 10, 10, 6]
+    np.testing.assert_allclose(np.concatenate(blocks), together, rtol=0, atol=1e-5)
+
+
+def test_logits_go_on_behind_what_is_in_the_cache(data_dir: Path) -> None:
+    model = Model.load(data_dir / "mini-f32.gguf")
+    context = Context(model, 64)
+    context.evaluate(TOKENS[:15])
+    (rows,) = every_row(context, TOKENS[15:], 0)
+    assert context.n_past == len(TOKENS)
+    np.testing.assert_allclose(
+        rows[-1], last_logits(model.file.path, "fast", isa=None), rtol=0, atol=HALF
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([], "0 tokens after 0 do not fit"), ([1] * 65, "65 tokens after 0 do not fit"),
+     ([1, 10**6], "token 1000000 is not in the vocabulary")],
+)  # fmt: skip
+def test_tokens_that_cannot_be_evaluated_are_refused_at_once(
+    data_dir: Path, tokens: list[int], message: str
+) -> None:
+    context = Context(Model.load(data_dir / "mini-f32.gguf"), 64)
+    with pytest.raises(EngineError, match=message):
+        context.logits(tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import EngineError
-from engine.training.trainer import LOGIT_BYTES
+from engine.model import LOGIT_BYTES
 
 # Evaluations shorter than this are measured twice: the first one also fetches the weights.
 SHORT_PROBE_SECONDS = 2.0

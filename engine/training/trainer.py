@@ -12,11 +12,8 @@ from engine.graph import Graph
 from engine.kernels import has_pairs, prefers_pairs
 from engine.llama import AdapterTensors, Builder
 from engine.lora import Adapter
-from engine.model import Model
+from engine.model import LOGIT_BYTES, Model
 from engine.tensor import Tensor
-
-# The most logits that stand in memory at a time: tokens go through the output in blocks.
-LOGIT_BYTES = 24 << 20
 
 
 def _in_pairs(compute: str, isa: str | None) -> bool:
