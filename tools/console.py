@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from engine.errors import EngineError
 
-from .options import OptionTable, UsageError
+from .options import MAX_THREADS, OptionTable, UsageError
 
 FAILED = 1
 INTERRUPTED = 130
@@ -70,6 +70,23 @@ def note(line: str = "", end: str = "\n") -> None:
 def usable_cores() -> int:
     """Count the processors that this process may use."""
     return max(1, len(os.sched_getaffinity(0)))
+
+
+def thread_count(wanted: int | None, otherwise: int) -> int:
+    """Choose how many threads run: as many as wanted, all processors where that is not positive."""
+    if wanted is None:
+        return otherwise
+    return wanted if wanted > 0 else min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def version_line() -> str:
+    """Tell the project's version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"version: {version('cylora')} (cylora)"
+    except PackageNotFoundError:
+        return "version: unknown (cylora, run from its source tree)"
 
 
 def run_command(table: OptionTable, body: Callable[[], int]) -> int:

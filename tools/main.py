@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import DataError, OptionError
-from engine.escapes import resolve_escapes
 from engine.locate import locate_model
 
 from . import main_options
@@ -26,10 +25,13 @@ from .console import (
     emit,
     note,
     run_command,
+    thread_count,
     usable_cores,
+    version_line,
 )
-from .main_options import MainOptions, PromptSource
-from .options import MAX_THREADS, Parsed
+from .main_options import MainOptions
+from .options import Parsed
+from .prompt import prompt_bytes
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def _run(arguments: Sequence[str]) -> int:
         emit(main_options.TABLE.usage().encode())
         return 0
     if parsed.stopped_by == "version":
-        note(_version())
+        note(version_line())
         return 0
     log = _Log(options.log)
     _warn(log, options, parsed)
@@ -94,15 +96,6 @@ class _Log:
             self(line)
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"version: {version('cylora')} (cylora)"
-    except PackageNotFoundError:
-        return "version: unknown (cylora, run from its source tree)"
-
-
 def _warn(log: _Log, options: MainOptions, parsed: Parsed) -> None:
     for warning in parsed.warnings:
         log(f"warning: {warning}")
@@ -118,12 +111,12 @@ class _Session:
         self.options = options
         self.log = log
         self.seed = int(time.time()) if options.seed == main_options.CLOCK_SEED else options.seed
-        self.threads = _thread_count(options.threads, usable_cores())
-        self.threads_batch = _thread_count(options.threads_batch, self.threads)
+        self.threads = thread_count(options.threads, usable_cores())
+        self.threads_batch = thread_count(options.threads_batch, self.threads)
 
     def run(self) -> int:
         # What needs no numpy is refused before it is loaded.
-        text = _prompt_bytes(self.options)
+        text = prompt_bytes(self.options.prompt, escape=self.options.escape)
         path = locate_model(self.options.model)
         return self._complete(path, text)
 
@@ -132,7 +125,7 @@ class _Session:
         from engine.sampling import Sampler, describe
 
         options, log = self.options, self.log
-        log(f"main: {_version()}")
+        log(f"main: {version_line()}")
         log(f"main: seed  = {self.seed}")
         began = time.perf_counter()
         model = self._load_model(path)
@@ -377,33 +370,6 @@ def _spelled_out() -> Iterator[None]:
     except OptionError as error:
         field, _, problem = str(error).partition(":")
         raise OptionError(f"{_SPELLINGS.get(field, field)}:{problem}") from None
-
-
-def _thread_count(wanted: int | None, otherwise: int) -> int:
-    if wanted is None:
-        return otherwise
-    return wanted if wanted > 0 else min(os.cpu_count() or 1, MAX_THREADS)
-
-
-def _prompt_bytes(options: MainOptions) -> bytes:
-    """Put the prompt together in the order of its options."""
-    prompt = b""
-    for source, value in options.prompt:
-        if source is PromptSource.TEXT:
-            prompt = os.fsencode(value)
-        elif source is PromptSource.BINARY_FILE:
-            prompt = _file_bytes("--binary-file", value)
-        else:
-            prompt = (prompt + _file_bytes("--file", value)).removesuffix(b"\n")
-    return resolve_escapes(prompt) if options.escape else prompt
-
-
-def _file_bytes(option: str, name: str) -> bytes:
-    try:
-        with open(name, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise OptionError(f"{option}: {name}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

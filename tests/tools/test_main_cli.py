@@ -13,6 +13,7 @@ from engine.errors import OptionError
 from engine.tools import main as command
 from engine.tools.main_options import TABLE, MainOptions, PromptSource, parse
 from engine.tools.options import UsageError
+from engine.tools.prompt import prompt_bytes
 
 DEFAULTS = {
     "model": "models/7B/ggml-model-f16.gguf",
@@ -249,7 +250,8 @@ def test_a_malformed_bias_names_the_option(argument):
 
 
 def prompt(*arguments: str) -> bytes:
-    return command._prompt_bytes(options(*arguments))
+    given = options(*arguments)
+    return prompt_bytes(given.prompt, escape=given.escape)
 
 
 def test_escapes_in_the_prompt_are_resolved_unless_turned_off():

@@ -1,0 +1,46 @@
+"""The text that a command is given: by options, from files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from engine.errors import OptionError
+from engine.escapes import resolve_escapes
+
+from .main_options import PromptSource
+
+
+def prompt_bytes(parts: Iterable[tuple[PromptSource, str]], *, escape: bool) -> bytes:
+    """Put a text together from its parts, in their order.
+
+    Parameters
+    ----------
+    parts : iterable of (PromptSource, str)
+        A text given as it is forgets what was before, and so does a binary file; a file is joined
+        to it and loses one line break at its end.
+    escape : bool
+        Resolve escapes in the whole.
+
+    Raises
+    ------
+    OptionError
+        If a file cannot be read.
+    """
+    prompt = b""
+    for source, value in parts:
+        if source is PromptSource.TEXT:
+            prompt = os.fsencode(value)
+        elif source is PromptSource.BINARY_FILE:
+            prompt = _file_bytes("--binary-file", value)
+        else:
+            prompt = (prompt + _file_bytes("--file", value)).removesuffix(b"\n")
+    return resolve_escapes(prompt) if escape else prompt
+
+
+def _file_bytes(option: str, name: str) -> bytes:
+    try:
+        with open(name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise OptionError(f"{option}: {name}: {error.strerror}") from None
