@@ -1,7 +1,8 @@
 """The generation loop: prompt tokens in, sampled tokens out, however long, in a bounded context.
 
 A token is evaluated when the next one is wanted, not when it is made: the last token of a run
-costs no evaluation, and a caller sees each token as early as possible.
+costs no evaluation, and a caller sees each token as early as possible. Between two tokens others
+can be fed, which is how people take their turns (`engine.dialogue`).
 
 When the context is full, half of what follows the first `n_keep` positions is dropped and the
 rest moves down; keys are rotated to their new positions, nothing is evaluated again.
@@ -9,6 +10,7 @@ rest moves down; keys are rotated to their new positions, nothing is evaluated a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -42,6 +44,12 @@ class Evaluator(Protocol):
     def evaluate(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens; returns the logits of the last, of shape (n_vocab,)."""
 
+    def evaluate_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens; returns the logits of each, of shape (n_tokens, n_vocab)."""
+
+    def truncate(self, n_past: int) -> None:
+        """Forget the positions from `n_past` on."""
+
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Drop `n_discard` positions behind the first `n_keep` and move the rest down."""
 
@@ -52,8 +60,21 @@ class TokenSampler(Protocol):
     def accept(self, token: int) -> None:
         """Push a token into the history that penalties look at."""
 
+    def reset(self) -> None:
+        """Forget that history."""
+
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token."""
+
+
+class Drafter(Protocol):
+    """Somebody who guesses how a text goes on; see `engine.lookup`."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take note of tokens that the text has got."""
+
+    def propose(self, n_most: int) -> list[int]:
+        """Guess at most `n_most` tokens."""
 
 
 class StopReason(Enum):
@@ -153,33 +174,46 @@ def check_prompt_fits(n_prompt: int, n_ctx: int) -> None:
 
 
 class Generation:
-    """One run from a prompt; iterating makes the tokens.
+    """Tokens in and out of a context; iterating makes a whole run from a prompt.
 
     Parameters
     ----------
     context : Evaluator
-        The prompt is appended to what it holds.
+        Holds the first `n_cached` tokens of the prompt, and nothing else.
     sampler : TokenSampler
         Sees the prompt's tokens, too.
     prompt : sequence of int
-        At least one token.
+        May be empty where more is fed before the first token is wanted.
     is_end : callable
         Whether a token ends the generation; such a token is still given to the caller.
     n_predict : int
         Tokens to make; negative: no limit; -2: until the context is full.
     n_keep : int
         Positions that survive when the context is full (`kept_positions`).
+    n_cached : int
+        Tokens of the prompt that need no evaluation; less than there are.
+    drafter : Drafter, optional
+        Guesses tokens, which are then evaluated together. Those that are not what the sampler
+        chooses are dropped, so the text is the same, if an evaluation of several tokens gives the
+        same bits as one of each.
 
     Attributes
     ----------
+    tokens : list of int
+        All that were fed and made and not dropped; the context holds the first of them.
+    n_whole : int or None
+        Positions whose keys and values are those of `tokens` evaluated from the start. None: all;
+        less after the context was full, as later ones have seen tokens that are gone.
+    remaining : int
+        Tokens still to make; below zero: no limit.
+    drafted, confirmed : int
+        Tokens that were guessed, and those of them that were right.
     timings : Timings
     stopped : StopReason or None
         None while it runs.
 
     Raises
     ------
-    DataError
-        If the prompt is empty.
     ShapeError
         If the prompt does not fit into the context.
     """
@@ -193,60 +227,160 @@ class Generation:
         is_end: Callable[[int], bool],
         n_predict: int = -1,
         n_keep: int = 0,
+        n_cached: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
-        if not prompt:
-            raise DataError("the prompt is empty; give at least one token to begin with")
-        check_prompt_fits(context.n_past + len(prompt), context.n_ctx)
+        check_prompt_fits(len(prompt), context.n_ctx)
         self.timings = Timings()
         self.stopped: StopReason | None = None
+        self.tokens: list[int] = []
+        self.n_whole: int | None = None
+        self.n_predict = self.remaining = n_predict
+        self.drafted = self.confirmed = 0
+        self.n_keep = n_keep
         self._context = context
         self._sampler = sampler
-        self._prompt = list(prompt)
         self._is_end = is_end
-        self._n_predict = n_predict
-        self._n_keep = n_keep
+        self._drafter = drafter
+        self._logits: NDArray[np.float32] | None = None
+        # Guesses that are evaluated but not confirmed, and the logits behind each.
+        self._draft: deque[tuple[int, NDArray[np.float32]]] = deque()
+        self._n_evaluated = n_cached
+        self.feed(prompt)
 
     def __iter__(self) -> Iterator[int]:
-        """Make tokens until one ends the text, there are enough, or the context is full."""
-        pending = self._prompt
-        for token in pending:
-            self._sampler.accept(token)
+        """Make tokens until one ends the text, there are enough, or the context is full.
+
+        Raises
+        ------
+        DataError
+            If the prompt is empty.
+        """
         # A prompt that ends a text leaves nothing to generate.
-        if self._is_end(pending[-1]):
+        if self.tokens and self._is_end(self.tokens[-1]):
             self.stopped = StopReason.END_OF_GENERATION
             return
-        made = 0
-        while made != self._n_predict:
-            if not self._make_room(len(pending)):
-                self.stopped = StopReason.CONTEXT_FULL
+        while self.remaining != 0:
+            token = self.step()
+            if token is None:
                 return
-            token = self._next(pending)
             yield token
             if self._is_end(token):
                 self.stopped = StopReason.END_OF_GENERATION
                 return
-            made += 1
-            pending = [token]
         self.stopped = StopReason.ENOUGH_TOKENS
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Append tokens that somebody else has chosen; they are evaluated when one is wanted."""
+        for token in tokens:
+            self._sampler.accept(token)
+        self._append(tokens)
+
+    def step(self) -> int | None:
+        """Make one token; None, with the reason in `stopped`, where the context is full."""
+        if not self.settle():
+            self.stopped = StopReason.CONTEXT_FULL
+            return None
+        assert self._logits is not None
+        began = perf_counter()
+        token = self._sampler.sample(self._logits)
+        self._sampler.accept(token)
+        self.timings.sampling.add(perf_counter() - began, 1)
+        self.remaining -= 1
+        self._append([token])
+        self._confirm(token)
+        return token
+
+    def settle(self) -> bool:
+        """Evaluate what is pending; False where the context is full and the run is to end.
+
+        Raises
+        ------
+        DataError
+            If there are no tokens at all.
+        ShapeError
+            If the context has no room, even without all that may be dropped.
+        """
+        pending = self.tokens[self._n_evaluated :]
+        if not pending:
+            if self._logits is None:
+                raise DataError("the prompt is empty; give at least one token to begin with")
+            return True
+        self._forget_draft()
+        if not self._make_room(len(pending)):
+            return False
+        began = perf_counter()
+        draft = self._guess() if len(pending) == 1 else []
+        if draft:
+            rows = self._context.evaluate_each(pending + draft)
+            self._logits, *behind = rows
+            self._draft.extend(zip(draft, behind, strict=True))
+        else:
+            self._logits = self._context.evaluate(pending)
+        self._n_evaluated += len(pending)
+        phase = self.timings.prompt if self._is_prompt(pending) else self.timings.evaluation
+        phase.add(perf_counter() - began, len(pending))
+        return True
+
+    def rewind(self, n_tokens: int) -> None:
+        """Drop all tokens but the first `n_tokens`; the sampler's history stays as it is."""
+        self._forget_draft()
+        del self.tokens[n_tokens:]
+        if self._n_evaluated > n_tokens:
+            # The logits of the last token are gone: it is evaluated again.
+            self._n_evaluated = max(0, n_tokens - 1)
+            self._context.truncate(self._n_evaluated)
+            self._logits = None
+
+    def evaluated(self) -> int:
+        """Count the tokens whose keys and values the context holds, guesses forgotten."""
+        self._forget_draft()
+        return self._n_evaluated
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        if self._drafter is not None:
+            self._drafter.extend(tokens)
+
+    def _is_prompt(self, pending: Sequence[int]) -> bool:
+        return len(pending) > 1 or len(self.tokens) == 1
+
+    def _guess(self) -> list[int]:
+        if self._drafter is None:
+            return []
+        room = self._context.n_ctx - self._context.n_past - 2
+        wanted = self.remaining - 1 if self.remaining >= 0 else room
+        draft = self._drafter.propose(max(0, min(room, wanted)))
+        self.drafted += len(draft)
+        return draft
+
+    def _confirm(self, token: int) -> None:
+        """Take a guess for evaluated if it is the token that was chosen."""
+        if self._draft and self._draft[0][0] == token:
+            _, self._logits = self._draft.popleft()
+            self._n_evaluated += 1
+            self.confirmed += 1
+            self.timings.evaluation.add(0.0, 1)
+
+    def _forget_draft(self) -> None:
+        if self._draft:
+            self._draft.clear()
+            self._context.truncate(self._n_evaluated)
 
     def _make_room(self, n_new: int) -> bool:
         """Shift a context that is full; False where the run is to end instead."""
         context = self._context
-        if context.n_past + n_new < context.n_ctx:
-            return True
-        if self._n_predict == UNTIL_CONTEXT_FULL:
-            return False
-        context.shift(self._n_keep, (context.n_past - self._n_keep) // 2)
+        while context.n_past + n_new >= context.n_ctx:
+            if self.n_predict == UNTIL_CONTEXT_FULL:
+                return False
+            n_discard = (context.n_past - self.n_keep) // 2
+            if n_discard < 1:
+                raise ShapeError(
+                    f"{n_new} tokens more do not fit a context of {context.n_ctx} of which "
+                    f"{self.n_keep} are kept; give a larger one with -c, or keep less"
+                )
+            context.shift(self.n_keep, n_discard)
+            del self.tokens[self.n_keep : self.n_keep + n_discard]
+            self._n_evaluated -= n_discard
+            self.n_whole = self.n_keep if self.n_whole is None else min(self.n_whole, self.n_keep)
         return True
-
-    def _next(self, pending: Sequence[int]) -> int:
-        began = perf_counter()
-        logits = self._context.evaluate(pending)
-        evaluated = perf_counter()
-        token = self._sampler.sample(logits)
-        self._sampler.accept(token)
-        sampled = perf_counter()
-        phase = self.timings.prompt if pending is self._prompt else self.timings.evaluation
-        phase.add(evaluated - began, len(pending))
-        self.timings.sampling.add(sampled - evaluated, 1)
-        return token

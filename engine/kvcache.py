@@ -52,6 +52,11 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(a.nbytes for a in self._keys + self._values)
 
+    def rows(self, n_rows: int) -> list[NDArray[np.uint8]]:
+        """Bytes of the first `n_rows` rows of each layer's keys, then its values; not copied."""
+        pairs = zip(self._keys, self._values, strict=True)
+        return [a[:n_rows].reshape(-1).view(np.uint8) for pair in pairs for a in pair]
+
     def truncate(self, n_past: int) -> None:
         """Forget the rows from `n_past` on."""
         if not 0 <= n_past <= self.n_past[0]:

@@ -18,7 +18,7 @@ from engine.gguf import GGUFFile, read_gguf
 from engine.graph import Graph
 from engine.kernels import find_invalid, prefers_pairs
 from engine.kvcache import KVCache
-from engine.llama import Hyperparameters, Weights
+from engine.llama import AdapterTensors, Hyperparameters, Weights
 from engine.lora import Adapter, join_adapters
 from engine.rope import RopeOptions, Tables
 from engine.tensor import Tensor
@@ -27,7 +27,8 @@ from engine.tokenizer import Tokenizer
 # general.architecture -> the module that reads its keys and writes its graph.
 ARCHITECTURES = {llama.ARCHITECTURE: llama}
 
-# Graphs kept for chunks of other lengths than one token; a prompt's last chunk has any length.
+# Graphs kept for chunks of more tokens than are guessed at a time; a prompt's last chunk has any
+# length.
 KEPT_GRAPHS = 4
 
 # The most logits that stand in memory at a time, where those of many tokens are wanted: tokens go
@@ -221,8 +222,8 @@ class Context:
         self._pairs = bf16 == "fast" and prefers_pairs(isa)
         self._cache = KVCache(h.n_layer, n_ctx, h.n_embd_kv, cache_type)
         self._tables = model.rope_tables(range(n_ctx))
-        every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
-        self._adapters = join_adapters(adapters, model.adapter_shapes(every))
+        self._given_adapters = list(adapters)
+        self._adapters = self._join_adapters()
         # By length, rows of the result, and whether they are logits.
         self._evaluations: OrderedDict[tuple[int, int, bool], _Evaluation] = OrderedDict()
         self._heads: dict[int, _Head] = {}
@@ -231,6 +232,35 @@ class Context:
     def n_past(self) -> int:
         """Positions that are filled."""
         return int(self._cache.n_past[0])
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the positions that are filled."""
+        return self._cache
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterTensors]:
+        """What all adapters together add to a weight, by its name; scales are multiplied in."""
+        return self._adapters
+
+    def set_adapter_scale(self, index: int, scale: float) -> None:
+        """Apply an adapter with another scale from the next token on.
+
+        Parameters
+        ----------
+        index : int
+            Place among the adapters given.
+        scale : float
+        """
+        adapter, _ = self._given_adapters[index]
+        self._given_adapters[index] = (adapter, scale)
+        self._adapters = self._join_adapters()
+        self._evaluations.clear()
+        self._heads.clear()
+
+    def _join_adapters(self) -> dict[str, AdapterTensors]:
+        every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
+        return join_adapters(self._given_adapters, self.model.adapter_shapes(every))
 
     def evaluate(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to the cache.
@@ -258,6 +288,27 @@ class Context:
             result = self._run(chunk, 1, head=begin + len(chunk) == n)
         assert result.logits is not None
         return result.logits.numpy()[0]
+
+    def evaluate_each(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append a few tokens to the cache.
+
+        Returns
+        -------
+        ndarray of shape (n_tokens, n_vocab), float32
+            Logits of each token, in memory that the next call may overwrite. Of up to
+            `ops.DOT_TOKENS` they are the same bits as if each token had been evaluated alone.
+
+        Raises
+        ------
+        ShapeError, DataError
+            As `evaluate` does; also if there are more tokens than are evaluated together.
+        """
+        ids = self._checked(tokens)
+        if len(ids) > self._n_chunk:
+            raise ShapeError(f"{len(ids)} tokens are more than the {self._n_chunk} of a batch")
+        logits = self._run(ids, len(ids), head=True).logits
+        assert logits is not None
+        return logits.numpy()
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
         """Append tokens to the cache and give the logits of all but the first of them.
@@ -322,7 +373,7 @@ class Context:
         if found is None:
             found = self._evaluations[key] = self._build(*key)
         self._evaluations.move_to_end(key)
-        others = [k for k in self._evaluations if k[0] != 1]
+        others = [k for k in self._evaluations if k[0] > ops.DOT_TOKENS]
         if len(others) > KEPT_GRAPHS:
             del self._evaluations[others[0]]
         return found

@@ -9,6 +9,8 @@ from engine.tensor import Tensor
 _Ints = NDArray[np.int32]
 _Floats = NDArray[np.float32]
 
+DOT_TOKENS: int
+
 def embed(graph: Graph, w: Tensor, ids: _Ints, n_tokens: int) -> Tensor: ...
 def linear(
     graph: Graph, x: Tensor, w: Tensor, adapter: tuple[Tensor, Tensor, float] | None = None

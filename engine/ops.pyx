@@ -22,6 +22,9 @@ from engine.kernels cimport (
 from engine.tensor cimport Tensor
 from libc.stdint cimport int32_t, int64_t
 
+# Up to so many tokens together have the bits that each has alone.
+DOT_TOKENS = GEMV_TOKENS
+
 cdef enum:
     F32 = 0
     F16 = 1

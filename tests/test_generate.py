@@ -38,6 +38,15 @@ class FakeContext:
         logits[self.n_past % N_VOCAB] = 1
         return logits
 
+    def evaluate_each(self, tokens):
+        rows = [self.evaluate([token]) for token in tokens]
+        self.calls[-len(tokens) :] = [list(tokens)]
+        return np.array(rows)
+
+    def truncate(self, n_past: int) -> None:
+        assert n_past <= self.n_past
+        del self.held[n_past:]
+
     def shift(self, n_keep: int, n_discard: int) -> None:
         assert n_discard > 0
         del self.held[n_keep : n_keep + n_discard]
@@ -53,6 +62,9 @@ class ScriptedSampler:
 
     def accept(self, token: int) -> None:
         self.accepted.append(token)
+
+    def reset(self) -> None:
+        self.accepted.clear()
 
     def sample(self, logits) -> int:
         self.logits.append(logits)
@@ -158,7 +170,63 @@ def test_a_phase_without_work_has_no_rates():
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(DataError, match="prompt is empty"):
-        generation(FakeContext(64), ScriptedSampler(), [])
+        list(generation(FakeContext(64), ScriptedSampler(), []))
+
+
+def test_what_is_fed_between_tokens_is_evaluated_with_the_last_of_them():
+    context, sampler = FakeContext(64), ScriptedSampler([3, 1, 4])
+    run = generation(context, sampler, [9, 8])
+    assert run.step() == 3
+    run.feed([5, 6])
+    assert run.step() == 1
+    assert context.calls == [[9, 8], [3, 5, 6]]
+    assert run.tokens == [9, 8, 3, 5, 6, 1]
+    assert sampler.accepted == [9, 8, 3, 5, 6, 1]
+
+
+def test_a_prompt_may_be_evaluated_before_a_token_is_wanted():
+    context = FakeContext(64)
+    run = generation(context, ScriptedSampler([3]), [9, 8])
+    assert run.settle()
+    assert run.step() == 3
+    assert context.calls == [[9, 8]]
+
+
+def test_what_the_context_holds_already_is_not_evaluated_again():
+    context = FakeContext(64)
+    context.held = [9, 8]
+    run = generation(context, ScriptedSampler([3, 1]), [9, 8, 7], n_predict=2, n_cached=2)
+    assert list(run) == [3, 1]
+    assert context.calls == [[7], [3]]
+
+
+def test_tokens_that_are_taken_back_leave_the_context():
+    context, sampler = FakeContext(64), ScriptedSampler([3, 1, 4])
+    run = generation(context, sampler, [9, 8])
+    run.step()
+    run.step()
+    run.rewind(3)  # the last token was not evaluated yet
+    assert (run.tokens, context.held) == ([9, 8, 3], [9, 8, 3])
+    run.rewind(1)
+    assert run.tokens == [9]
+    run.feed([7])
+    assert run.step() == 4
+    assert context.held == [9, 7]
+
+
+def test_positions_behind_a_shift_are_not_those_of_the_tokens_alone():
+    run = generation(FakeContext(16), ScriptedSampler(), [1, 2, 3, 4], n_predict=14, n_keep=3)
+    assert run.n_whole is None
+    list(run)
+    assert run.n_whole == 3
+
+
+def test_tokens_that_cannot_fit_are_refused_when_nothing_may_be_dropped():
+    run = generation(FakeContext(32), ScriptedSampler(), [1] * 28, n_keep=28)
+    run.step()
+    run.feed([2] * 8)
+    with pytest.raises(ShapeError, match="9 tokens more do not fit a context of 32"):
+        run.step()
 
 
 @pytest.mark.parametrize("n_prompt", [29, 40])
