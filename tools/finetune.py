@@ -15,11 +15,12 @@ from engine.errors import EngineError, OptionError
 from engine.locate import locate_model
 
 from . import finetune_options
-from .console import GPU_WARNINGS, note, run_command, usable_cores
+from .console import FAILED, GPU_WARNINGS, note, run_command
 from .finetune_data import Data
 from .finetune_files import Outputs, Saver
 from .finetune_lines import Lines
 from .finetune_options import FinetuneOptions
+from .finetune_ranks import Ranks, is_another_rank
 from .finetune_train import Training
 from .options import Parsed
 
@@ -71,12 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options, parsed = finetune_options.parse(arguments)
+    try:
+        options, parsed = finetune_options.parse(arguments)
+    except OptionError:
+        if is_another_rank():
+            return FAILED
+        raise
     if parsed.stopped_by:
         note(finetune_options.TABLE.usage(), end="")
         return 0
-    _warn(options, parsed)
-    return _Job(options).run()
+    ranks = Ranks()
+    if ranks.is_root:
+        _warn(options, parsed)
+    else:
+        options = ranks.without_outputs(options)
+    return ranks.run(_Job(options, ranks).run)
 
 
 def _warn(options: FinetuneOptions, parsed: Parsed) -> None:
@@ -88,16 +98,27 @@ def _warn(options: FinetuneOptions, parsed: Parsed) -> None:
 
 
 class _Job:
-    """One run: load, tell, then write, try or train."""
+    """One run: load, tell, then write, try or train; on each rank, if there are several."""
 
-    def __init__(self, options: FinetuneOptions) -> None:
+    def __init__(self, options: FinetuneOptions, ranks: Ranks) -> None:
         self.options = options
+        self.ranks = ranks
         clock = options.seed == finetune_options.CLOCK_SEED
-        self.seed = int(time.time()) if clock else options.seed
+        self.seed = ranks.comm.from_root(int(time.time())) if clock else options.seed
         self.outputs = Outputs.of(options)
-        self.lines = Lines()
+        self.lines = Lines(quiet=not ranks.is_root)
+        self._n_own_cores = ranks.own_cores()
 
     def run(self) -> int:
+        """Prepare, and train if nothing else was asked for."""
+        ready = self.ranks.together(self._prepare)
+        if isinstance(ready, int):
+            return ready
+        self.ranks.agree(ready.facts())
+        return ready.run()
+
+    def _prepare(self) -> Training | int:
+        """Do all that can fail before training; a status when that is all."""
         options, lines = self.options, self.lines
         # Cheap refusals come before the model is loaded.
         data = None if options.only_write_lora else Data(options, lines)
@@ -124,9 +145,15 @@ class _Job:
             for name in self.outputs.names(self.outputs.adapter, state.opt_iteration):
                 saver.write_adapter(name)
             return lines.status()
-        return self._train(model, adapter, state, n_ctx, data, saver)
+        return self._ready(model, adapter, state, n_ctx, data, saver)
 
     # What is loaded
+
+    @property
+    def _n_rows(self) -> int:
+        """Rows of a batch that are computed here."""
+        rows = self.ranks.rows(self.options.batch)
+        return rows.stop - rows.start
 
     def _load_model(self, path: Path) -> Model:
         from engine.model import Model
@@ -139,14 +166,14 @@ class _Job:
             rope=RopeOptions(freq_base=options.rope_freq_base, freq_scale=options.rope_freq_scale),
         )
         for warning in model.warnings:
-            note(f"warning: {warning}")
+            self.lines.note(f"warning: {warning}")
         return model
 
     def _threads(self) -> int:
         # The original's default of 6 would have threads wait for each other on fewer cores.
         if "threads" in self.options.given:
             return self.options.threads
-        return min(self.options.threads, usable_cores())
+        return min(self.options.threads, self._n_own_cores)
 
     def _read_checkpoint(self, model: Model) -> Checkpoint | None:
         from engine.lora import KINDS, check_fits
@@ -165,7 +192,7 @@ class _Job:
         if "opt_past" in options.given:
             checkpoint.check_opt_past(options.opt_past)
         for warning in checkpoint.warnings:
-            note(f"warning: {warning}")
+            self.lines.note(f"warning: {warning}")
         return checkpoint
 
     def _adapter(self, model: Model, checkpoint: Checkpoint | None, n_ctx: int) -> Adapter:
@@ -198,13 +225,14 @@ class _Job:
         dropped = sorted(present & self.options.left_out())
         if not dropped:
             return adapter
-        note(f"note: {', '.join(dropped)}: left out of the adapter written, as rank 0 says")
+        names = ", ".join(dropped)
+        self.lines.note(f"note: {names}: left out of the adapter written, as rank 0 says")
         return adapter.without(dropped)
 
     def _warn_of_scale(self, adapter: Adapter) -> None:
         root = "√" if adapter.rslora else ""
         mend = "raise --lora-alpha" if adapter.rslora else "raise --lora-alpha, or give --rslora"
-        note(
+        self.lines.note(
             f"warning: --lora-r: {adapter.r} is far above an alpha of {adapter.alpha:g}: what is"
             f" learnt is scaled by alpha / {root}r = {adapter.scale:.3g}; {mend}"
         )
@@ -238,7 +266,7 @@ class _Job:
         self.outputs.check_form(adapter.shapes, BaseInfo.of(model), adapter.alpha)
         self.outputs.check(state.opt_iteration, inputs)
         if self.outputs.loses_best():
-            note(
+            self.lines.note(
                 f"warning: --lora-out: no {self.outputs.placeholder or 'place for a word'} in"
                 f" {self.outputs.adapter},"
                 " so that the best adapter is not kept apart"
@@ -275,7 +303,7 @@ class _Job:
         from engine.training.resources import least_memory
 
         if not self.options.only_write_lora:
-            needed = least_memory(model.hparams, self.options.batch, n_ctx, n_parameters)
+            needed = least_memory(model.hparams, self._n_rows, n_ctx, n_parameters)
             self._check_memory(needed, n_ctx)
 
     def _check_memory(self, needed: int, n_ctx: int) -> None:
@@ -302,7 +330,7 @@ class _Job:
             return Trainer(
                 model,
                 adapter,
-                options.batch,
+                self._n_rows,
                 n_ctx,
                 checkpointing=options.use_checkpointing,
                 n_threads=self._threads(),
@@ -316,7 +344,7 @@ class _Job:
 
     # The training
 
-    def _train(
+    def _ready(
         self,
         model: Model,
         adapter: Adapter,
@@ -324,7 +352,8 @@ class _Job:
         n_ctx: int,
         data: Data,
         saver: Saver,
-    ) -> int:
+    ) -> Training | int:
+        """Plan and load the data; what is ready to train, or the status of a dry run."""
         from engine.training.resources import expected_updates
 
         options, lines = self.options, self.lines
@@ -349,10 +378,19 @@ class _Job:
             data.validation(state)
             return self._dry_run(model, adapter, trainer, data, batches, n_updates)
         self._check_memory(self._planned(model, trainer), n_ctx)
-        training = Training(
-            options, lines, model, adapter, state, trainer, data, batches, saver, n_updates
+        return Training(
+            options,
+            lines,
+            self.ranks,
+            model,
+            adapter,
+            state,
+            trainer,
+            data,
+            batches,
+            saver,
+            n_updates,
         )
-        return training.run()
 
     def _dry_run(
         self,
@@ -379,8 +417,10 @@ class _Job:
             f" {mapped / 2**20:.1f} MB of the model's file"
         )
         self._check_memory(planned, n_ctx)
-        batch = batches.next()
-        seconds = probe_seconds(lambda: trainer.evaluate(batch.inputs, batch.targets))
+        if not self.ranks.is_root:
+            return 0
+        batch, rows = batches.next(), self.ranks.rows(self.options.batch)
+        seconds = probe_seconds(lambda: trainer.evaluate(batch.inputs[rows], batch.targets[rows]))
         n_tokens = batch.inputs.size
         say(
             f"dry run: speed                = {n_tokens / seconds:.1f} tokens/s"

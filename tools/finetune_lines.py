@@ -21,6 +21,11 @@ _ERASE = "\r\x1b[K"
 class Lines:
     """Writes lines, and keeps the line of progress out of their way.
 
+    Parameters
+    ----------
+    quiet : bool
+        Write nothing: another process writes the same lines.
+
     Attributes
     ----------
     stop : threading.Event
@@ -31,16 +36,17 @@ class Lines:
         Why it takes no more, where that is not the reader's going.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.stop = threading.Event()
         self.closed = False
         self.failure: EngineError | None = None
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._shown = ""
 
     def say(self, line: str) -> None:
         """Print a line; a reader who is gone ends the run, a full disk only the lines."""
-        if self.closed or self.failure:
+        if self._quiet or self.closed or self.failure:
             return
         self._erase()
         try:
@@ -72,6 +78,8 @@ class Lines:
 
     def note(self, line: str) -> None:
         """Write a remark to standard error."""
+        if self._quiet:
+            return
         self._erase()
         note(line)
         self._draw()

@@ -16,8 +16,13 @@ from .finetune_data import Data
 from .finetune_files import Saver
 from .finetune_lines import Lines
 from .finetune_options import FinetuneOptions
+from .finetune_ranks import Ranks
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
     from engine.lora import Adapter
     from engine.model import Model
     from engine.training.data import Batches
@@ -42,8 +47,10 @@ class Training:
     ----------
     options : FinetuneOptions
     lines : Lines
+    ranks : Ranks
+        That train together.
     model, adapter, state, trainer
-        What is trained, and with what.
+        What is trained, and with what; the trainer is of this rank's rows.
     data : Data
         Loaded.
     batches : Batches
@@ -56,6 +63,7 @@ class Training:
         self,
         options: FinetuneOptions,
         lines: Lines,
+        ranks: Ranks,
         model: Model,
         adapter: Adapter,
         state: TrainingState,
@@ -67,6 +75,7 @@ class Training:
     ) -> None:
         self.options = options
         self.lines = lines
+        self.ranks = ranks
         self.model = model
         self.adapter = adapter
         self.state = state
@@ -74,8 +83,13 @@ class Training:
         self.data = data
         self.batches = batches
         self.saver = saver
+        from engine.training.parallel import DataParallel
         from engine.training.report import Progress
 
+        n_evaluations = max(1, options.grad_acc)
+        self._parallel = DataParallel(
+            trainer, ranks.comm, options.batch, n_evaluations, lines.stop.is_set
+        )
         self._first = state.opt_iteration
         self._validation = data.validation(state)
         self._validation_ms = 0.0
@@ -84,6 +98,27 @@ class Training:
         self._progress = Progress(self._first, n_updates)
         self._csv: CsvLog | None = None
         self._plot: LossCurves | None = None
+
+    def facts(self) -> dict[str, object]:
+        """Give what must be equal on all ranks, by the word for it."""
+        import hashlib
+        from dataclasses import replace
+
+        from engine.kernels import active_isa
+
+        options = replace(self.ranks.without_outputs(self.options), threads=0, given=frozenset())
+        state, samples = self.state, self.data.samples
+
+        def digest(*arrays: NDArray[Any]) -> str:
+            return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+        return {
+            "options": repr(options),
+            "kernel variant": active_isa(),
+            "model": (self.model.file.path.stat().st_size, repr(self.model.hparams)),
+            "adapter": digest(self.adapter.flat, state.m, state.v),
+            "training data": (samples.hash, digest(samples.tokens), repr(state.shuffle)),
+        }
 
     def run(self) -> int:
         """Train to the end; returns the exit status.
@@ -97,6 +132,7 @@ class Training:
 
         # A step may take long and Python handles signals between the main thread's bytecodes
         # only: while another thread computes, the main thread is free to answer at once.
+        self.ranks.end_when_told(lambda: self.saver.last_checkpoint)
         with self._interrupts_stop_the_run(), ThreadPoolExecutor(1) as executor:
             return executor.submit(self._run).result()
 
@@ -142,12 +178,12 @@ class Training:
     def _mean_loss(self, validation: Validation | None) -> Callable[[], float] | None:
         if validation is None:
             return None
-        return lambda: validation.loss(self.trainer.loss)
+        return lambda: validation.loss(self._parallel.loss)
 
     def _validate(self) -> float:
         assert self._validation is not None
         began = time.monotonic()
-        loss = self._validation.loss(self.trainer.loss)
+        loss = self._validation.loss(self._parallel.loss)
         self._validation_ms = 1000 * (time.monotonic() - began)
         return loss
 
@@ -159,8 +195,8 @@ class Training:
         return Run(
             self.state,
             self.batches,
-            self.trainer.evaluate,
-            self.trainer.grad,
+            self._parallel.evaluate,
+            self._parallel.grad,
             self._optimizer(),
             self._schedule(),
             self._run_options(),
@@ -170,12 +206,19 @@ class Training:
             ),
             on_end=lambda ms: lines.say(f"main: total training time: {duration_text(ms)}"),
             on_evaluation=self._log,
-            on_save=self.saver.save,
-            on_commit=self.saver.commit,
+            on_save=self._save,
+            on_commit=self._commit,
             validate=self._validate if self._validation else None,
             on_best=lambda _: self.saver.save_best(),
-            stop_requested=lines.stop.is_set,
+            stop_requested=self._parallel.stop_requested,
         )
+
+    def _save(self, iteration: int) -> bool:
+        """Save where it is done, and know everywhere whether it could be."""
+        return self.ranks.comm.from_root(self.saver.save(iteration))
+
+    def _commit(self) -> bool:
+        return self.ranks.comm.from_root(self.saver.commit())
 
     def _optimizer(self) -> AdamW:
         from engine.training.optimizer import AdamW, AdamWParams
@@ -300,6 +343,7 @@ class Training:
 
     def _not_finite(self, error: NotFiniteError) -> EngineError:
         from engine.training.learning import not_finite_tensor
+        from engine.training.parallel import AgreedError
 
         tensor = not_finite_tensor(self.adapter, self.trainer.grad)
         first = (
@@ -309,21 +353,23 @@ class Training:
         )
         saved = self.saver.last_checkpoint
         kept = f"go on from {saved}" if saved else "nothing was saved"
-        return EngineError(f"{error}; {first}; {kept}; a lower --adam-alpha may help")
+        return AgreedError(f"{error}; {first}; {kept}; a lower --adam-alpha may help")
 
     def _finish(self, result: RunResult, learning: Learning | None) -> int:
         from engine.training.loop import End
+        from engine.training.parallel import AgreedError
 
         lines = self.lines
+        closed, problem = self.ranks.comm.from_root((lines.closed, self.saver.problem))
         interrupted = lines.stop.is_set() and not lines.closed
         if interrupted:
             self._tell_interrupted(result)
         elif result.end not in (End.ITERATIONS, End.STOPPED):
             lines.note(f"ended after iteration {result.iteration}: {result.end.value}")
-        if self.saver.problem:
+        if problem:
             also = f"; {lines.failure}" if lines.failure else ""
-            raise EngineError(f"{self.saver.problem}; the end of the run is not saved{also}")
-        moved = learning is None or lines.closed or self._tell_proof(learning)
+            raise AgreedError(f"{problem}; the end of the run is not saved{also}")
+        moved = learning is None or closed or self._tell_proof(learning)
         if interrupted:
             return INTERRUPTED
         return lines.status() or (0 if moved else NOTHING_MOVED)

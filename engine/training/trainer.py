@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,14 @@ from engine.llama import AdapterTensors, Builder
 from engine.lora import Adapter
 from engine.model import LOGIT_BYTES, Model
 from engine.tensor import Tensor
+
+# A part of the gradient is final once so many steps of the graph have run: (steps, begin, end).
+FinalPart = tuple[int, int, int]
+# Hears that no step to come adds to grad[begin:end].
+OnFinal = Callable[[int, int], object]
+
+# The least gradient that is told of by itself.
+PART_BYTES = 256 << 10
 
 
 def _in_pairs(compute: str, isa: str | None) -> bool:
@@ -43,6 +53,7 @@ class _Pass:
         *,
         gradients: bool,
         checkpointing: bool,
+        kept_layers: int,
     ) -> None:
         n_batch, n_ctx = shape
         h = model.hparams
@@ -69,7 +80,9 @@ class _Pass:
         forward = list(graph.nodes)
         dhidden = self._head(builder, hidden, gradients)
         if dhidden is not None:
-            backward(graph, forward, {hidden: dhidden}, checkpointing)
+            # The last layers: their activations have gone before others are computed again.
+            kept = range(h.n_layer - kept_layers, h.n_layer)
+            backward(graph, forward, {hidden: dhidden}, checkpointing, kept)
         graph.plan()
 
     def _head(self, builder: Builder, hidden: Tensor, gradients: bool) -> Tensor | None:
@@ -98,12 +111,24 @@ class _Pass:
                 backward(graph, nodes, seeds)
         return dhidden
 
-    def run(self, inputs: NDArray[np.int32], targets: NDArray[np.int32], weight: float) -> float:
-        """Run with these inputs; gives the sum of the losses."""
+    def run(
+        self,
+        inputs: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        weight: float,
+        parts: list[FinalPart],
+        on_final: OnFinal,
+    ) -> float:
+        """Run with these inputs, telling of each part when it is final; the sum of the losses."""
         self.ids[:] = inputs.reshape(-1)
         self.targets[:] = targets.reshape(-1)
         self.weight[0] = weight
-        self.graph.run()
+        first = 0
+        for step, begin, end in parts:
+            self.graph.run(first, step)
+            on_final(begin, end)
+            first = step
+        self.graph.run(first)
         return sum(float(loss.numpy().sum(dtype=np.float64)) for loss in self.losses)
 
 
@@ -119,6 +144,8 @@ class Trainer:
         Rows of a batch and tokens of a row.
     checkpointing : bool
         Keep only each layer's input for the backward pass and compute the rest again.
+    kept_layers : int
+        So many of the last layers keep everything in spite of that; no bit depends on it.
     n_threads : int
     compute : {"auto", "f32", "bf16"}
         Arithmetic of the products with frozen weights that are not F32: float32, bf16 with
@@ -132,6 +159,8 @@ class Trainer:
         Laid out like `Adapter.flat`; `evaluate` adds to it.
     memory_bytes, input_bytes, work_bytes : int
         Planned: activations, the batch, and the threads' working space.
+    flops : int
+        Of the products with weights that a run takes, those done again among them.
 
     Raises
     ------
@@ -147,6 +176,7 @@ class Trainer:
         n_ctx: int,
         *,
         checkpointing: bool = True,
+        kept_layers: int = 0,
         n_threads: int = 2,
         compute: str = "auto",
         isa: str | None = None,
@@ -157,12 +187,14 @@ class Trainer:
         self._n_threads = n_threads
         self._isa = isa
         self._pairs = _in_pairs(compute, isa)
+        self._places: dict[Tensor, tuple[int, int]] = {}
         self._tensors = self._parameters(adapter)
-        self._training = self._plan(gradients=True, checkpointing=checkpointing)
+        self._training = self._plan(True, checkpointing, kept_layers)
         self._forward: _Pass | None = None
         self.memory_bytes = self._training.graph.arena_bytes
         self.work_bytes = self._training.graph.scratch_bytes
         self.input_bytes = self._training.ids.nbytes + self._training.targets.nbytes
+        self.flops = _product_flops(self._training.graph)
 
     def _parameters(self, adapter: Adapter) -> dict[str, AdapterTensors]:
         tensors = {}
@@ -170,16 +202,19 @@ class Trainer:
         for name, pair in adapter.pairs.items():
             factors = []
             for suffix, value in ((".a", pair.a), (".b", pair.b)):
-                grad = self.grad[begin : begin + value.size]
-                begin += value.size
+                end = begin + value.size
+                grad = self.grad[begin:end]
                 shape = (1, pair.rank) if suffix == ".b" and pair.n_out == 1 else value.shape
                 tensor = Tensor.parameter(name + suffix, value.reshape(shape), grad.reshape(shape))
+                assert tensor.grad is not None
+                self._places[tensor.grad] = (begin, end)
+                begin = end
                 factors.append(tensor)
             a, b = factors
             tensors[name] = AdapterTensors(a, b, adapter.scale)
         return tensors
 
-    def _plan(self, *, gradients: bool, checkpointing: bool) -> _Pass:
+    def _plan(self, gradients: bool, checkpointing: bool = False, kept_layers: int = 0) -> _Pass:
         graph = Graph(self._n_threads, self._isa)
         graph.pairs = self._pairs
         return _Pass(
@@ -189,6 +224,7 @@ class Trainer:
             self.shape,
             gradients=gradients,
             checkpointing=checkpointing,
+            kept_layers=kept_layers,
         )
 
     def _check(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
@@ -215,9 +251,49 @@ class Trainer:
         DataError
             If the shapes are others or an id is not in the vocabulary.
         """
-        self._check(inputs, targets)
         counted = max(1, int((targets >= 0).sum()))
-        return self._training.run(inputs, targets, weight / counted) / counted
+        return self.accumulate(inputs, targets, weight / counted) / counted
+
+    def accumulate(
+        self,
+        inputs: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        weight: float,
+        on_final: OnFinal | None = None,
+    ) -> float:
+        """Sum of the losses of a batch; adds `weight` times its gradient to `grad`.
+
+        Parameters
+        ----------
+        inputs, targets
+            As in `evaluate`.
+        weight : float
+        on_final : callable (begin, end), optional
+            Called on the way, as soon as nothing more is added to ``grad[begin:end]``; all of
+            `grad` is told of once, its end first.
+        """
+        self._check(inputs, targets)
+        if on_final is None:
+            return self._training.run(inputs, targets, weight, [], _ignored)
+        return self._training.run(inputs, targets, weight, self._final_parts(), on_final)
+
+    def _final_parts(self) -> list[FinalPart]:
+        """Parts of the gradient in the order in which they become final.
+
+        Layers lie in the gradient in their order and become final in the reverse order, so
+        neighbours make a part, until it has PART_BYTES.
+        """
+        written = dict.fromkeys(self._places, 0)
+        for step, node in enumerate(self._training.graph.nodes, 1):
+            written.update((tensor, step) for tensor in node.outputs if tensor in written)
+        parts: list[FinalPart] = []
+        for tensor, (begin, end) in reversed(self._places.items()):
+            step = written[tensor]
+            if parts and 4 * (parts[-1][2] - parts[-1][1]) < PART_BYTES:
+                later, _, end = parts.pop()
+                step = max(step, later)
+            parts.append((step, begin, end))
+        return sorted(parts)
 
     def loss(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> tuple[float, int]:
         """Sum of the losses of a batch and how many targets count in it; `grad` stays as it is.
@@ -226,5 +302,17 @@ class Trainer:
         """
         self._check(inputs, targets)
         if self._forward is None:
-            self._forward = self._plan(gradients=False, checkpointing=False)
-        return self._forward.run(inputs, targets, 0.0), int((targets >= 0).sum())
+            self._forward = self._plan(gradients=False)
+        total = self._forward.run(inputs, targets, 0.0, [], _ignored)
+        return total, int((targets >= 0).sum())
+
+
+def _ignored(_begin: int, _end: int) -> None:
+    pass
+
+
+def _product_flops(graph: Graph) -> int:
+    """Multiplications and additions of all products with stored weights."""
+    products = (node for node in graph.nodes if isinstance(node, ops.Linear | ops.LinearBack))
+    sizes = ((node.inputs[0].rows, *node.inputs[1].shape) for node in products)
+    return sum(2 * n * rows * cols for n, rows, cols in sizes)
