@@ -27,6 +27,7 @@ ORDER = [
     "dtypes",
     "gguf_write",
     "gguf",
+    "safetensors",
     "locate",
     "escapes",
     "tensor",
@@ -44,6 +45,7 @@ ORDER = [
     "generate",
     "dialogue",
     "measure",
+    "convert",
     "training",
     "tools",
 ]

@@ -23,8 +23,8 @@ from engine.lora import (
     refusals,
     write_adapter,
 )
-from engine.lora.safetensors import read_safetensors, write_safetensors
 from engine.model import Context, Model
+from engine.safetensors import read_safetensors, write_safetensors
 
 BASE = BaseInfo(n_head=4, n_head_kv=2, head_dim=4, n_layer=2, tied=False, name="toy")
 N_EMBD, N_VOCAB, N_FF = 12, 10, 20
@@ -385,7 +385,7 @@ HOSTILE_WEIGHTS = {
         safetensors_file(FACTORS, {NAME_A: {"shape": [0, 12], "data_offsets": [0, 0]}}),
         "needs 0 bytes",
     ),
-    "type": (safetensors_file(FACTORS, {NAME_A: {"dtype": "I64"}}), "has type I64"),
+    "type": (safetensors_file(FACTORS, {NAME_A: {"dtype": "I32"}}), "has type I32"),
     "type's type": (safetensors_file(FACTORS, {NAME_A: {"dtype": ["F32"]}}), "has type"),
     "behind": (safetensors_file(FACTORS, {NAME_B: {"data_offsets": [1000, 1192]}}), "bytes 1000"),
     "overlap": (safetensors_file(FACTORS, {NAME_B: {"data_offsets": [0, 192]}}), "expected from"),

@@ -25,7 +25,7 @@ MAX_THREADS = 512
 INT_MIN, INT_MAX, SEED_MAX = -(2**31), 2**31 - 1, 2**32 - 1
 
 # Commands with a table, which is in `engine.tools.NAME_options`, with underscores for hyphens.
-COMMANDS = ("finetune", "main")
+COMMANDS = ("finetune", "main", "convert-hf-to-gguf")
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+")
 _REAL = re.compile(
@@ -267,11 +267,14 @@ class OptionTable:
     rows : tuple of Option
     strict_numbers : bool
         Refuse a number with anything after it, instead of taking the number with a warning.
+    joined_values : bool
+        Take ``--name=value`` too, as the originals that are Python programs do.
     """
 
     program: str
     rows: tuple[Option, ...]
     strict_numbers: bool = False
+    joined_values: bool = False
     _by_name: dict[str, Option] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -395,7 +398,12 @@ class _Reader:
     def _next_name(self) -> str:
         argument = self.arguments[self.place]
         self.place += 1
-        return argument.replace("_", "-") if argument.startswith("--") else argument
+        if not argument.startswith("--"):
+            return argument
+        if self.table.joined_values and "=" in argument:
+            argument, value = argument.split("=", 1)
+            self.arguments.insert(self.place, value)
+        return argument.replace("_", "-")
 
     def _store_positional(self, name: str) -> None:
         free = (r for r in self.table.positionals() if r.repeat or r.dest not in self.given)

@@ -12,7 +12,7 @@ from engine.lora.adapter import Adapter, AdapterShape, BaseInfo, Factors, join_f
 from engine.lora.bin_form import BIN_MAGIC, bin_refusals, read_bin
 from engine.lora.gguf_form import gguf_refusals, read_gguf_adapter, write_gguf_adapter
 from engine.lora.peft_form import peft_refusals, read_peft, write_peft
-from engine.lora.safetensors import looks_like_safetensors
+from engine.safetensors import looks_like_safetensors
 
 FORMS = ("bin", "gguf", "peft")
 

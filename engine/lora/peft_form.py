@@ -37,7 +37,7 @@ from engine.lora.adapter import (
     norm_refusals,
     table_names,
 )
-from engine.lora.safetensors import parse_json, read_safetensors, write_safetensors
+from engine.safetensors import parse_json, read_safetensors, write_safetensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
