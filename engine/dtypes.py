@@ -48,6 +48,9 @@ BF16 = DType(30, "BF16", 1, 2)
 
 BY_ID = {t.id: t for t in (F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16)}
 
+# How a cache may keep keys and values, by the names that options use.
+CACHE_TYPES = {t.name.lower(): t for t in (F32, F16)}
+
 # Ids that GGUF files once used and that no reader supports any more.
 REMOVED = {
     4: "Q4_2",

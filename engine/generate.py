@@ -25,6 +25,7 @@ from engine.errors import DataError, ShapeError
 # Room that the original leaves behind a prompt, and the grain and floor of its context sizes.
 PROMPT_RESERVE = 4
 CONTEXT_GRAIN = 32
+FLASH_GRAIN = 256
 SMALLEST_CONTEXT = 8
 
 UNTIL_CONTEXT_FULL = -2
@@ -40,6 +41,10 @@ class Evaluator(Protocol):
     @property
     def n_past(self) -> int:
         """Positions that are filled."""
+
+    @property
+    def shifts(self) -> bool:
+        """Whether room is made by dropping positions; else a full context ends the run."""
 
     def evaluate(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens; returns the logits of the last, of shape (n_vocab,)."""
@@ -129,7 +134,7 @@ class Timings:
     sampling: Phase = field(default_factory=Phase)
 
 
-def context_size(wanted: int, n_ctx_train: int) -> int:
+def context_size(wanted: int, n_ctx_train: int, *, flash: bool = False) -> int:
     """Choose the size of a context as the original does: a multiple of 32, at least 8 asked for.
 
     Parameters
@@ -138,9 +143,12 @@ def context_size(wanted: int, n_ctx_train: int) -> int:
         Tokens asked for; 0: as many as the model was trained on.
     n_ctx_train : int
         Tokens the model was trained on.
+    flash : bool
+        With the original's flash attention: a multiple of 256.
     """
     tokens = max(wanted, SMALLEST_CONTEXT) if wanted else n_ctx_train
-    return -(-tokens // CONTEXT_GRAIN) * CONTEXT_GRAIN
+    grain = FLASH_GRAIN if flash else CONTEXT_GRAIN
+    return -(-tokens // grain) * grain
 
 
 def kept_positions(n_keep: int, n_prompt: int, *, add_bos: bool) -> int:
@@ -346,8 +354,8 @@ class Generation:
         return len(pending) > 1 or len(self.tokens) == 1
 
     def _guess(self) -> list[int]:
-        if self._drafter is None:
-            return []
+        if self._drafter is None or not self._context.shifts:
+            return []  # positions that are grouped in between would differ
         room = self._context.n_ctx - self._context.n_past - 2
         wanted = self.remaining - 1 if self.remaining >= 0 else room
         draft = self._drafter.propose(max(0, min(room, wanted)))
@@ -370,6 +378,8 @@ class Generation:
     def _make_room(self, n_new: int) -> bool:
         """Shift a context that is full; False where the run is to end instead."""
         context = self._context
+        if not context.shifts:
+            return context.n_past + n_new <= context.n_ctx
         while context.n_past + n_new >= context.n_ctx:
             if self.n_predict == UNTIL_CONTEXT_FULL:
                 return False

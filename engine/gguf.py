@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -52,6 +53,7 @@ from engine.gguf_write import (
 __all__ = [
     "GGUFFile",
     "KeyType",
+    "Scalar",
     "TensorInfo",
     "ValueType",
     "atomic_write",
@@ -62,6 +64,16 @@ __all__ = [
 _CUT_OFF = "the file is cut off or damaged: download or copy it again"
 _DAMAGED = "the file is damaged: download or convert it again"
 _REQUIRED: Any = object()
+
+Scalar = int | float | bool | str
+
+# The type of an added key, and how a message calls it.
+_OVERRIDES: dict[type, tuple[ValueType, str]] = {
+    int: (ValueType.I64, "an integer"),
+    float: (ValueType.F64, "a float"),
+    bool: (ValueType.BOOL, "a bool"),
+    str: (ValueType.STRING, "a string"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +173,36 @@ class GGUFFile:
         if info is None:
             raise FormatError(f"{self.path}: tensor {name}: is missing; give a complete file")
         return self._bytes[info.offset : info.offset + info.n_bytes]
+
+    def overridden(self, values: Mapping[str, Scalar]) -> GGUFFile:
+        """Give the same file with other metadata; the file itself stays as it is.
+
+        Parameters
+        ----------
+        values : mapping of str to int, float, bool or str
+            A key that the file has must hold that type there (of any width); one that it does not
+            have is added.
+
+        Raises
+        ------
+        FormatError
+            If the file's key has another type.
+        """
+        if not values:
+            return self
+        file = copy(self)
+        types = dict(self.value_types)
+        for key, value in values.items():
+            had, stored, described = types.get(key), *_OVERRIDES[type(value)]
+            if had is not None and type(self.metadata[key]) is not type(value):
+                raise FormatError(
+                    f"{self.path}: key {key}: has type {type_name(had)}, which {described} cannot "
+                    "override; give the other type"
+                )
+            types[key] = stored if had is None else had
+        file.metadata = MappingProxyType({**self.metadata, **values})
+        file.value_types = MappingProxyType(types)
+        return file
 
     def get_int(self, key: str, default: int = _REQUIRED) -> int:
         """Return the integer (of any width) at `key`, or `default`; FormatError without either."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -323,6 +324,10 @@ class Builder:
     tables : (cos, sin)
         From `Rope.tables`, for all positions that occur.
     attend : callable
+    directions : mapping of int to Tensor of one row
+        Added to the output of a layer: control vectors.
+    round_query : bool
+        Round queries to half precision, as a cache of keys in F16 asks.
     """
 
     def __init__(
@@ -336,6 +341,7 @@ class Builder:
         tables: Tables,
         attend: Attend,
         *,
+        directions: Mapping[int, Tensor] = MappingProxyType({}),
         round_query: bool = False,
     ) -> None:
         self.graph = graph
@@ -346,6 +352,7 @@ class Builder:
         self.positions = positions
         self.tables = tables
         self.attend = attend
+        self.directions = directions
         self.round_query = round_query
         self._ones = Tensor.external("ones", np.ones(len(ids), np.float32), len(ids), 1)
 
@@ -372,9 +379,11 @@ class Builder:
         """Named projection with its adapter and bias."""
         y = ops.linear(self.graph, x, self.weights[name], self.adapters.get(name))
         bias = self.weights.get(name + ".bias")
-        if bias is None:
-            return y
-        return ops.lora_up(self.graph, y, self._ones.view(0, y.rows), bias, 1.0)
+        return y if bias is None else self.add_row(y, bias)
+
+    def add_row(self, y: Tensor, row: Tensor) -> Tensor:
+        """Every row of y and one row."""
+        return ops.lora_up(self.graph, y, self._ones.view(0, y.rows), row, 1.0)
 
     def block(self, x: Tensor, layer: int, n_last: int | None = None) -> Tensor:
         """One layer; with `n_last` only so many last rows go on after the attention."""
@@ -390,7 +399,9 @@ class Builder:
         y = self.norm(x, p + "ffn_norm")
         gate, up = self.linear(y, p + "ffn_gate"), self.linear(y, p + "ffn_up")
         y = self.linear(ops.silu_mul(self.graph, gate, up), p + "ffn_down")
-        return ops.add(self.graph, x, y)
+        x = ops.add(self.graph, x, y)
+        direction = self.directions.get(layer)
+        return x if direction is None else self.add_row(x, direction)
 
     def hidden(self, n_last: int | None = None) -> Tensor:
         """All layers and the last norm: what the output weights multiply."""

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from engine import llama, ops
 from engine.dtypes import F16, DType
 from engine.errors import DataError, FormatError, OptionError, ShapeError
-from engine.gguf import GGUFFile, read_gguf
+from engine.gguf import GGUFFile, Scalar, read_gguf
 from engine.graph import Graph
 from engine.kernels import find_invalid, prefers_pairs
 from engine.kvcache import KVCache
 from engine.llama import AdapterTensors, Hyperparameters, Weights
 from engine.lora import Adapter, join_adapters
 from engine.rope import RopeOptions, Tables
+from engine.self_extend import GroupAttention
 from engine.tensor import Tensor
 from engine.tokenizer import Tokenizer
 
@@ -79,6 +80,7 @@ class Model:
         check_tensors: bool = False,
         rms_eps: float | None = None,
         rope: RopeOptions | None = None,
+        overrides: Mapping[str, Scalar] = MappingProxyType({}),
     ) -> Model:
         """Map a GGUF file and check that it is a model of a known architecture.
 
@@ -91,6 +93,8 @@ class Model:
             Replaces the model's.
         rope : RopeOptions, optional
             Replace the model's, each that is not None.
+        overrides : mapping of str to int, float, bool or str
+            Metadata instead of the file's; see `GGUFFile.overridden`.
 
         Raises
         ------
@@ -99,7 +103,8 @@ class Model:
         DataError
             If `check_tensors` finds a value that cannot be.
         """
-        file = read_gguf(path)
+        stored = read_gguf(path)
+        file = stored.overridden(overrides)
         if file.kind != "model":
             raise FormatError(f"{path}: holds no model but one {file.kind}; give a model")
         architecture = file.get_str("general.architecture")
@@ -115,7 +120,13 @@ class Model:
         weights = module.Weights(file, hparams)
         if check_tensors:
             check_values(file)
-        return cls(module, file, hparams, weights, tokenizer)
+        model = cls(module, file, hparams, weights, tokenizer)
+        model.warnings += [
+            f"the file has no key {key}: it is added, and does nothing unless something reads it"
+            for key in overrides
+            if key not in stored.metadata
+        ]
+        return model
 
     def adapter_shapes(self, ranks: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
         """Name, n_in, n_out, rank of the adapted tensors, in the files' order."""
@@ -124,7 +135,7 @@ class Model:
         )
         return shapes
 
-    def rope_tables(self, positions: Sequence[int], *, unit: bool = False) -> Tables:
+    def rope_tables(self, positions: ArrayLike, *, unit: bool = False) -> Tables:
         """Cosines and sines of positions; see `Rope.tables`."""
         return self.hparams.rope.tables(positions, self.weights.rope_factors, unit=unit)
 
@@ -186,8 +197,12 @@ class Context:
         Threads for single tokens and for longer chunks.
     adapters : sequence of (Adapter, scale)
         Applied beside the weights, which stay as they are.
-    cache_type : DType
-        F16 or F32.
+    cache_types : (DType, DType)
+        How keys and values are kept: see `engine.dtypes.CACHE_TYPES`.
+    group : GroupAttention, optional
+        Divides positions as the text grows (Self-Extend); the context is then never shifted.
+    directions : mapping of int to Tensor
+        What a control vector adds to the output of a layer.
     bf16 : {"fast", "exact"}
         Whether activations that meet BF16 weights are rounded to bf16 where that is faster, or stay
         float32. Quantized weights meet 8-bit blocks either way, and F32 and F16 ones float32.
@@ -205,7 +220,9 @@ class Context:
         n_threads: int = 2,
         n_threads_batch: int | None = None,
         adapters: Sequence[tuple[Adapter, float]] = (),
-        cache_type: DType = F16,
+        cache_types: tuple[DType, DType] = (F16, F16),
+        group: GroupAttention | None = None,
+        directions: Mapping[int, Tensor] = MappingProxyType({}),
         bf16: str = "fast",
         isa: str | None = None,
     ) -> None:
@@ -220,7 +237,10 @@ class Context:
         self._threads = (n_threads, n_threads_batch or n_threads)
         self._isa = isa
         self._pairs = bf16 == "fast" and prefers_pairs(isa)
-        self._cache = KVCache(h.n_layer, n_ctx, h.n_embd_kv, cache_type)
+        self._n_batch = n_batch
+        self._group = group
+        self._directions = directions
+        self._cache = KVCache(h.n_layer, n_ctx, h.n_head_kv, h.head_dim, *cache_types)
         self._tables = model.rope_tables(range(n_ctx))
         self._given_adapters = list(adapters)
         self._adapters = self._join_adapters()
@@ -282,10 +302,10 @@ class Context:
             If one is not in the vocabulary.
         """
         ids = self._checked(tokens)
-        n = len(ids)
-        for begin in range(0, n, self._n_chunk):
-            chunk = ids[begin : begin + self._n_chunk]
-            result = self._run(chunk, 1, head=begin + len(chunk) == n)
+        done = 0
+        for chunk in self._chunks(ids):
+            done += len(chunk)
+            result = self._run(chunk, 1, head=done == len(ids))
         assert result.logits is not None
         return result.logits.numpy()[0]
 
@@ -306,6 +326,7 @@ class Context:
         ids = self._checked(tokens)
         if len(ids) > self._n_chunk:
             raise ShapeError(f"{len(ids)} tokens are more than the {self._n_chunk} of a batch")
+        self._regroup()
         logits = self._run(ids, len(ids), head=True).logits
         assert logits is not None
         return logits.numpy()
@@ -336,9 +357,10 @@ class Context:
 
     def _logits(self, ids: NDArray[np.int64], first: int) -> Iterator[NDArray[np.float32]]:
         rows = max(1, LOGIT_BYTES // (4 * self.model.hparams.n_vocab))
-        for begin in range(0, len(ids), self._n_chunk):
-            chunk = ids[begin : begin + self._n_chunk]
-            wanted = min(len(chunk), max(0, begin + len(chunk) - first))
+        done = 0
+        for chunk in self._chunks(ids):
+            done += len(chunk)
+            wanted = min(len(chunk), max(0, done - first))
             hidden = self._run(chunk, max(1, wanted), head=False).hidden
             for row in range(hidden.rows - wanted, hidden.rows, rows):
                 part = hidden.numpy()[row : row + rows]
@@ -358,13 +380,22 @@ class Context:
             )
         return ids
 
+    def _chunks(self, ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Cut tokens into what one graph takes; positions are grouped before each batch."""
+        for begin in range(0, len(ids), self._n_batch):
+            self._regroup()
+            batch = ids[begin : begin + self._n_batch]
+            for first in range(0, len(batch), self._n_chunk):
+                yield batch[first : first + self._n_chunk]
+
     def _run(self, chunk: NDArray[np.int64], n_last: int, *, head: bool) -> _Evaluation:
         """Evaluate tokens that one graph takes; the result has so many last rows."""
         result = self._evaluation(len(chunk), n_last, head)
+        position = self._cache.next_position
         result.ids[:] = chunk
-        result.positions[:] = np.arange(self.n_past, self.n_past + len(chunk))
+        result.positions[:] = np.arange(position, position + len(chunk))
         result.graph.run()
-        self._cache.n_past[0] += len(chunk)
+        self._cache.append(len(chunk))
         return result
 
     def _evaluation(self, n_tokens: int, n_last: int, head: bool) -> _Evaluation:
@@ -435,15 +466,30 @@ class Context:
             positions,
             self._tables,
             attend,
-            round_query=cache.dtype is F16,
+            directions=self._directions,
+            round_query=cache.key_type is F16,
         )
         return builder
 
+    @property
+    def shifts(self) -> bool:
+        """Whether room is made by dropping positions, which grouped ones do not allow."""
+        return self._group is None
+
+    def _regroup(self) -> None:
+        if self._group is None:
+            return
+        old = self._cache.positions[: self.n_past]
+        new = self._group.regroup(old)
+        if new is not old:
+            self._cache.move(new, self.model.rope_tables(old - new, unit=True))
+
     def shift(self, n_keep: int, n_discard: int) -> None:
         """Drop `n_discard` positions behind the first `n_keep` and move the rest down."""
-        cos, sin = self.model.rope_tables([n_discard], unit=True)
-        self._cache.shift(n_keep, n_discard, cos[0], sin[0], self.model.hparams.head_dim)
+        self._cache.shift(n_keep, n_discard, self.model.rope_tables([n_discard], unit=True))
 
     def truncate(self, n_past: int) -> None:
         """Forget the positions from `n_past` on."""
+        if self._group is not None and n_past < self.n_past:
+            self._group.truncate(int(self._cache.positions[n_past]) if n_past else 0)
         self._cache.truncate(n_past)

@@ -6,12 +6,11 @@ Tables are computed once, in float64, and handed to the rotation kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from engine.errors import ShapeError
 
@@ -151,7 +150,7 @@ class Rope:
 
     def tables(
         self,
-        positions: Sequence[int] | NDArray[Any],
+        positions: ArrayLike,
         factors: NDArray[np.float32] | None = None,
         *,
         unit: bool = False,
@@ -160,7 +159,7 @@ class Rope:
 
         Parameters
         ----------
-        positions : sequence of int, of length n
+        positions : array_like of int, of length n
         factors : ndarray of shape (n_rot / 2,), optional
             Divisors of the angles: ``rope_freqs.weight``.
         unit : bool

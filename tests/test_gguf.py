@@ -605,3 +605,41 @@ def test_a_deferred_file_that_cannot_take_its_place_is_told_and_the_others_do(tm
     assert str(problem).startswith(f"{blocked}: cannot be written: ")
     assert {path.name for path in tmp_path.iterdir()} == {"target", "blocked"}
     assert target.read_bytes() == b"new"
+
+
+# ---------------------------------------------------------------- other metadata
+
+
+def test_overridden_keys_take_the_place_of_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(small_file())
+    file = read_gguf(path)
+    other = file.overridden({"u8": 7, "string": "new", "bool": False, "f32": 2.5, "added": 1})
+    assert other.get_int("u8") == 7
+    assert other.get_str("string") == "new"
+    assert other.get_bool("bool") is False
+    assert other.get_float("f32") == 2.5
+    assert other.value_types["u8"] is ValueType.U8
+    assert (other.get_int("added"), other.value_types["added"]) == (1, ValueType.I64)
+    assert file.get_int("u8") == 200
+    assert "added" not in file.metadata
+    assert other.data("q8").shape == file.data("q8").shape
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("u8", 1.0),
+        ("u8", True),
+        ("f32", 1),
+        ("bool", 1),
+        ("string", 1),
+        ("floats", 1.0),
+        ("texts", "x"),
+    ],
+)
+def test_an_override_of_another_type_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(small_file())
+    with pytest.raises(FormatError, match=rf"m\.gguf: key {key}: has type .* cannot override"):
+        read_gguf(path).overridden({key: value})

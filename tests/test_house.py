@@ -35,6 +35,8 @@ ORDER = [
     "ops",
     "autograd",
     "rope",
+    "self_extend",
+    "control_vector",
     "kvcache",
     "llama",
     "lora",

@@ -76,7 +76,7 @@ def assert_same_effect(got, expected):
 
 def logits(model, *adapters):
     pairs = [(adapter, 1.0) for adapter in adapters]
-    context = Context(model, 64, n_threads=1, adapters=pairs, cache_type=F32)
+    context = Context(model, 64, n_threads=1, adapters=pairs, cache_types=(F32, F32))
     return context.evaluate(TOKENS).copy()
 
 

@@ -29,6 +29,7 @@ from .console import (
     usable_cores,
     version_line,
 )
+from .main_model import context_size, load_model, make_context
 from .main_options import MainOptions
 from .options import Parsed
 from .prompt import prompt_bytes
@@ -36,8 +37,6 @@ from .prompt import prompt_bytes
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
     from engine.generate import Generation, Phase
-    from engine.lora import Adapter
-    from engine.model import Context, Model
     from engine.sampling import SamplingParams
     from engine.tokenizer import Tokenizer
 
@@ -102,6 +101,8 @@ def _warn(log: _Log, options: MainOptions, parsed: Parsed) -> None:
     if "gpu_layers" in options.given:
         for line in GPU_WARNINGS:
             log(line.format(option="--gpu-layers"))
+    for line in dict.fromkeys(options.without_effect):
+        log(f"warning: {line}")
 
 
 class _Session:
@@ -128,12 +129,13 @@ class _Session:
         log(f"main: {version_line()}")
         log(f"main: seed  = {self.seed}")
         began = time.perf_counter()
-        model = self._load_model(path)
+        model = load_model(path, options, log)
         tokenizer = model.tokenizer
         prompt = self._prompt_tokens(tokenizer, text)
-        n_ctx = self._context_size(model)
+        n_ctx = context_size(model, options, log)
         check_prompt_fits(len(prompt), n_ctx)
-        context = self._make_context(model, n_ctx)
+        threads = (self.threads, self.threads_batch)
+        context = make_context(model, n_ctx, threads, options, log)
         params = self._sampling_params(tokenizer)
         with _spelled_out():
             sampler = Sampler(params, model.hparams.n_vocab, tokenizer.newline_id)
@@ -159,20 +161,6 @@ class _Session:
         )
         return self._generate(generation, tokenizer, prompt, load_seconds)
 
-    def _load_model(self, path: Path) -> Model:
-        from engine.model import Model
-
-        self.log(f"main: loading model from '{path}'")
-        model = Model.load(path, check_tensors=self.options.check_tensors)
-        for warning in model.warnings:
-            self.log(f"warning: {warning}")
-        h = model.hparams
-        self.log(
-            f"main: model: {h.n_layer} layers, n_embd = {h.n_embd}, n_head = {h.n_head}, "
-            f"n_head_kv = {h.n_head_kv}, n_vocab = {h.n_vocab}, n_ctx_train = {h.n_ctx_train}"
-        )
-        return model
-
     def _prompt_tokens(self, tokenizer: Tokenizer, text: bytes) -> list[int]:
         tokens = tokenizer.encode(text, add_special=True, parse_special=True)
         if tokenizer.add_eos and tokens and tokens[-1] == tokenizer.eos_id:
@@ -183,50 +171,6 @@ class _Session:
         if not tokens and tokenizer.bos_id < 0:
             raise DataError("the prompt is empty and the model has no BOS token; give one with -p")
         return tokens or [tokenizer.bos_id]
-
-    def _context_size(self, model: Model) -> int:
-        from engine.generate import SMALLEST_CONTEXT, context_size
-
-        wanted, trained = self.options.n_ctx, model.hparams.n_ctx_train
-        if 0 < wanted < SMALLEST_CONTEXT:
-            self.log(
-                f"main: warning: minimum context size is {SMALLEST_CONTEXT}, using minimum size."
-            )
-        n_ctx = context_size(wanted, trained)
-        if n_ctx > trained and wanted:
-            self.log(
-                f"main: warning: model was trained on only {trained} context tokens "
-                f"({n_ctx} specified)"
-            )
-        return n_ctx
-
-    def _make_context(self, model: Model, n_ctx: int) -> Context:
-        from engine.model import Context
-
-        return Context(
-            model,
-            n_ctx,
-            n_batch=self.options.n_batch,
-            n_ubatch=self.options.n_ubatch,
-            n_threads=self.threads,
-            n_threads_batch=self.threads_batch,
-            adapters=self._load_adapters(model),
-            bf16=self.options.bf16,
-        )
-
-    def _load_adapters(self, model: Model) -> list[tuple[Adapter, float]]:
-        from engine.lora import KINDS, BaseInfo, check_fits, read_adapter
-
-        shapes = model.adapter_shapes(dict.fromkeys(KINDS, 1))
-        adapters = []
-        for name, scale in self.options.adapters:
-            adapter = read_adapter(name, BaseInfo.of(model))
-            check_fits(adapter, shapes)
-            n = len(adapter.pairs)
-            n_all = n + len(adapter.unused)
-            self.log(f"main: lora: '{name}': scale {scale:g}, applied {n} of {n_all} tensors")
-            adapters.append((adapter, scale))
-        return adapters
 
     def _sampling_params(self, tokenizer: Tokenizer) -> SamplingParams:
         from engine.sampling import SamplingParams, sampler_order
@@ -313,7 +257,9 @@ class _Session:
         if generation.stopped is StopReason.END_OF_GENERATION:
             self.log(" [end of text]")
         elif generation.stopped is StopReason.CONTEXT_FULL:
-            self.log("\n\nmain: context full and n_predict == -2 => stopping")
+            grouped = options.group_factor != 1
+            why = "groups are not dropped" if grouped else "n_predict == -2"
+            self.log(f"\n\nmain: context full and {why} => stopping")
         return 0
 
     def _shown(self, tokenizer: Tokenizer, token: int) -> bytes:

@@ -14,6 +14,7 @@ from enum import Enum
 
 from engine.errors import OptionError
 
+from .main_model_options import ACCEPTED, CONTEXT, MODEL
 from .options import (
     Option,
     OptionTable,
@@ -70,6 +71,24 @@ class MainOptions:
     bf16: str
     gpu_layers: int
     adapters: tuple[tuple[str, float], ...]
+    lora_base: str
+    control_vectors: tuple[tuple[str, float], ...]
+    control_layers: tuple[int, int]
+    overrides: tuple[tuple[str, int | float | bool | str], ...]
+    cache_type_k: str
+    cache_type_v: str
+    flash_attention: bool
+    group_factor: int
+    group_width: int
+    rope_scaling: str | None
+    rope_freq_base: float | None
+    rope_freq_scale: float | None
+    yarn_orig_ctx: int | None
+    yarn_ext_factor: float | None
+    yarn_attn_factor: float
+    yarn_beta_slow: float
+    yarn_beta_fast: float
+    without_effect: tuple[str, ...]
     samplers: str
     temp: float
     top_k: int
@@ -165,12 +184,6 @@ _COMPUTATION = in_group(
     Option(("--bf16",), "bf16",
            "activations that meet BF16 weights: rounded to bf16 where that is faster, or exact",
            (choice("fast", "exact"),), default="fast"),
-    Option(("-ngl", "--gpu-layers", "--n-gpu-layers"), "gpu_layers",
-           "accepted with a warning, without effect", (whole(),), default=-1, shown_default=""),
-    Option(("--lora",), "adapters", "apply an adapter; may be repeated", (text("FNAME"),),
-           repeat=True, make=lambda name: (name, 1.0)),
-    Option(("--lora-scaled",), "adapters", "apply an adapter with a scale; may be repeated",
-           (text("FNAME"), real("S")), repeat=True),
 )  # fmt: skip
 
 _SAMPLING = in_group(
@@ -223,14 +236,9 @@ _LATER = not_offered(
     "--in-prefix-bos", "--in-suffix", "--chat-template", "-co|--color", "--simple-io",
     "--prompt-cache", "--prompt-cache-all", "--prompt-cache-ro", "-ptc|--print-token-count",
     "--cfg-negative-prompt", "--cfg-negative-prompt-file", "--cfg-scale", "--grammar",
-    "--grammar-file", "-j|--json-schema", "-gan|--grp-attn-n", "-gaw|--grp-attn-w",
-    "--rope-scaling", "--rope-scale", "--rope-freq-base", "--rope-freq-scale", "--yarn-orig-ctx",
-    "--yarn-ext-factor", "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast",
-    "-ctk|--cache-type-k", "-ctv|--cache-type-v", "-fa|--flash-attn", "--mlock", "--no-mmap",
-    "--numa", "--override-kv", "--lora-base", "--control-vector", "--control-vector-scaled",
-    "--control-vector-layer-range", "-ld|--logdir", "-v|--verbose", "--verbosity", "--log-file",
-    "--log-new", "--log-append", "--log-test", "--in-file", "-dkvc|--dump-kv-cache",
-    "-dt|--defrag-thold",
+    "--grammar-file", "-j|--json-schema", "--mlock", "--no-mmap", "--numa",
+    "-ld|--logdir", "-v|--verbose", "--verbosity", "--log-file",
+    "--log-new", "--log-append", "--log-test", "--in-file",
 )  # fmt: skip
 
 _DOWNLOADS = not_offered(
@@ -247,19 +255,19 @@ _SPECULATIVE = not_offered(
 
 _DEVICES = not_offered(
     "not offered here: everything is computed on this processor; leave it out",
-    "-mg|--main-gpu", "-sm|--split-mode", "-ts|--tensor-split", "-nkvo|--no-kv-offload", "--rpc",
+    "--rpc",
 )  # fmt: skip
 
 _OTHER_COMMANDS = not_offered(
     "not an option of this command, but of another command of the original",
-    "--chunks", "-np|--parallel", "-ns|--sequences", "-cb|--cont-batching", "--mmproj", "--image",
+    "-dkvc|--dump-kv-cache", "--chunks", "--mmproj", "--image",
     "--embedding|--embeddings", "--pooling", "--infill", "--save-all-logits|--kl-divergence-base",
     "--perplexity|--all-logits", "--ppl-stride", "--ppl-output-type", "--hellaswag",
     "--hellaswag-tasks", "--winogrande", "--winogrande-tasks", "--multiple-choice",
     "--multiple-choice-tasks", "--kl-divergence", "-a|--alias", "--host", "--port", "--path",
     "--api-key", "--api-key-file", "--ssl-key-file", "--ssl-cert-file", "-to|--timeout",
     "--threads-http", "-spf|--system-prompt-file", "--log-format", "--no-slots", "--metrics",
-    "--slot-save-path", "-sps|--slot-prompt-similarity", "-pps", "-npp", "-ntg", "-npl",
+    "--slot-save-path", "-sps|--slot-prompt-similarity", "-npp", "-ntg", "-npl",
     "--context-file", "--chunk-size", "--chunk-separator", "--junk", "--pos",
     "-o|--output|--output-file", "-ofreq|--output-frequency", "--save-frequency",
     "--process-output", "--no-ppl", "--chunk|--from-chunk",
@@ -267,7 +275,7 @@ _OTHER_COMMANDS = not_offered(
 
 TABLE = OptionTable(
     "main",
-    _GENERAL + _COMPUTATION + _SAMPLING
+    _GENERAL + _COMPUTATION + MODEL + CONTEXT + _SAMPLING + ACCEPTED
     + _LATER + _DOWNLOADS + _SPECULATIVE + _DEVICES + _OTHER_COMMANDS,
 )  # fmt: skip
 

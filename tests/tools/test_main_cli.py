@@ -35,6 +35,24 @@ DEFAULTS = {
     "bf16": "fast",
     "gpu_layers": -1,
     "adapters": (),
+    "lora_base": "",
+    "control_vectors": (),
+    "control_layers": (0, 0),
+    "overrides": (),
+    "cache_type_k": "f16",
+    "cache_type_v": "f16",
+    "flash_attention": False,
+    "group_factor": 1,
+    "group_width": 512,
+    "rope_scaling": None,
+    "rope_freq_base": None,
+    "rope_freq_scale": None,
+    "yarn_orig_ctx": None,
+    "yarn_ext_factor": None,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_beta_fast": 32.0,
+    "without_effect": (),
     "samplers": "top_k;tfs_z;typical_p;top_p;min_p;temperature",
     "temp": 0.8,
     "top_k": 40,
@@ -96,7 +114,12 @@ OFFERED = {
     "--sampling-seq", "--ignore-eos", "-l", "--temp", "--top-k", "--top-p", "--min-p", "--tfs",
     "--typical", "--repeat-last-n", "--repeat-penalty", "--presence-penalty",
     "--frequency-penalty", "--penalize-nl", "--dynatemp-range", "--dynatemp-exp", "--mirostat",
-    "--mirostat-lr", "--mirostat-ent", "--bf16",
+    "--mirostat-lr", "--mirostat-ent",
+    "--override-kv", "--lora-base", "--control-vector", "--control-vector-scaled",
+    "--control-vector-layer-range", "-ctk", "-ctv", "-fa", "-gan", "-gaw", "--rope-scaling",
+    "--rope-scale", "--rope-freq-scale", "--rope-freq-base", "--yarn-orig-ctx",
+    "--yarn-ext-factor", "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast",
+    "-sm", "-ts", "-mg", "-nkvo", "-dt", "-np", "-ns", "-cb", "-pps", "--bf16",
 }  # fmt: skip
 
 FLAGS = {
@@ -112,6 +135,8 @@ FLAGS = {
     "--check-tensors": ("check_tensors", True),
     "--ignore-eos": ("ignore_eos", True),
     "--penalize-nl": ("penalize_nl", True),
+    "-fa": ("flash_attention", True),
+    "--flash-attn": ("flash_attention", True),
 }
 
 NUMBERS = {
@@ -149,6 +174,18 @@ NUMBERS = {
     "--mirostat": "mirostat",
     "--mirostat-lr": "mirostat_eta",
     "--mirostat-ent": "mirostat_tau",
+    "-gan": "group_factor",
+    "--grp-attn-n": "group_factor",
+    "-gaw": "group_width",
+    "--grp-attn-w": "group_width",
+    "--rope-scale": "rope_freq_scale",
+    "--rope-freq-scale": "rope_freq_scale",
+    "--rope-freq-base": "rope_freq_base",
+    "--yarn-orig-ctx": "yarn_orig_ctx",
+    "--yarn-ext-factor": "yarn_ext_factor",
+    "--yarn-attn-factor": "yarn_attn_factor",
+    "--yarn-beta-slow": "yarn_beta_slow",
+    "--yarn-beta-fast": "yarn_beta_fast",
 }
 
 
@@ -232,6 +269,29 @@ def test_a_value_that_cannot_work_is_refused_with_the_options_name(option, value
 def test_adapters_of_both_kinds_keep_their_order():
     given = ["--lora", "a", "--lora_scaled", "b", "0.5", "--lora-scaled", "c", "-1", "--lora", "d"]
     assert options(*given).adapters == (("a", 1.0), ("b", 0.5), ("c", -1.0), ("d", 1.0))
+
+
+def test_zero_leaves_the_rotation_as_the_model_has_it():
+    given = ("--rope-freq-scale", "0", "--rope-freq-base", "0", "--yarn-orig-ctx", "0")
+    values = options(*given, "--yarn-ext-factor", "-1")
+    assert values.rope_freq_scale is values.rope_freq_base is values.yarn_orig_ctx is None
+    assert values.yarn_ext_factor is None
+
+
+def test_the_last_of_scale_and_factor_counts():
+    assert options("--rope-freq-scale", "3", "--rope-scale", "4").rope_freq_scale == 0.25
+    assert options("--rope-scale", "4", "--rope-freq-scale", "3").rope_freq_scale == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "override"),
+    [("a.b=int:-7", ("a.b", -7)), ("a=float:1e3", ("a", 1000.0)), ("a=bool:false", ("a", False)),
+     ("a=bool:true", ("a", True)), ("a=str:", ("a", "")), ("a=str:x=y:z", ("a", "x=y:z"))],
+)  # fmt: skip
+def test_overrides_are_key_type_and_value(argument, override):
+    (found,) = options("--override-kv", argument).overrides
+    assert found == override
+    assert type(found[1]) is type(override[1])
 
 
 @pytest.mark.parametrize(
