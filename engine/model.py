@@ -331,7 +331,9 @@ class Context:
         assert logits is not None
         return logits.numpy()
 
-    def logits(self, tokens: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+    def logits(
+        self, tokens: Sequence[int] | NDArray[np.int32], first: int = 0
+    ) -> Iterator[NDArray[np.float32]]:
         """Append tokens to the cache and give the logits of all but the first of them.
 
         They come in blocks of at most `LOGIT_BYTES`, in order; tokens are evaluated as blocks are
@@ -369,7 +371,7 @@ class Context:
                 head.graph.run()
                 yield head.logits.numpy()
 
-    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+    def _checked(self, tokens: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, np.int64)
         n = len(ids)
         if n == 0 or self.n_past + n > self.n_ctx:

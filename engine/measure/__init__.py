@@ -11,7 +11,14 @@
 ====================  =========================================================================
 """
 
-from engine.measure.divergence import Comparison, Divergence, Summary, compare, divergence
+from engine.measure.divergence import (
+    Comparison,
+    Divergence,
+    Summary,
+    compare,
+    divergence,
+    percentile,
+)
 from engine.measure.logit_file import LogitFile, LogitWriter, open_logit_writer, read_logit_file
 from engine.measure.loss import Mean, perplexity
 from engine.measure.windows import Windows, halves, strided, whole
@@ -28,6 +35,7 @@ __all__ = [
     "divergence",
     "halves",
     "open_logit_writer",
+    "percentile",
     "perplexity",
     "read_logit_file",
     "strided",

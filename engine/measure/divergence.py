@@ -131,6 +131,23 @@ class Summary:
         )
         self.difference = (loss.perplexity - base.perplexity, math.sqrt(max(variance, 0.0)))
 
+    def divergence_percentiles(self) -> list[tuple[str, float]]:
+        """Name and value of some percentiles of `divergences`, from the largest to the smallest."""
+        return _percentiles(self.divergences, (99.9, 99, 95, 90, 50, 10, 5, 1))
+
+    def change_percentiles(self) -> list[tuple[str, float]]:
+        """Name and value of some percentiles of `changes`, from the largest to the smallest."""
+        return _percentiles(self.changes, (99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1))
+
+
+def _percentiles(
+    ordered: NDArray[np.float32], percents: tuple[float, ...]
+) -> list[tuple[str, float]]:
+    named = [
+        ("Median " if p == 50 else f"{p:4.1f}%  ", percentile(ordered, p / 100)) for p in percents
+    ]
+    return [("Maximum", float(ordered[-1])), *named, ("Minimum", float(ordered[0]))]
+
 
 def percentile(ordered: NDArray[np.float32], share: float) -> float:
     """Value below which so large a share of sorted values is, between two by interpolation."""

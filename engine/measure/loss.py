@@ -59,6 +59,11 @@ class Mean:
         """Error of `perplexity`, to the first order."""
         return self.error * self.perplexity
 
+    @property
+    def estimate(self) -> tuple[float, float]:
+        """Perplexity and its error."""
+        return self.perplexity, self.perplexity_error
+
 
 def token_losses(logits: Logits, targets: Tokens) -> NDArray[np.float64]:
     """Negative log-likelihood of each row's target, in nats.
