@@ -47,6 +47,7 @@ ORDER = [
     "generate",
     "dialogue",
     "measure",
+    "merge",
     "convert",
     "training",
     "tools",

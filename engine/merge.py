@@ -1,0 +1,310 @@
+"""Adapters merged into a model's weights: a new GGUF file that needs no adapter.
+
+A weight W that adapters touch becomes W + scale · BᵀA, scaled as prediction scales it: it is
+decoded, added to and encoded again, some rows at a time. Every other tensor is copied as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.dtypes import BF16, F16, F32, Q8_0, DType
+from engine.errors import DataError
+from engine.gguf import KeyType, TensorInfo, ValueType, write_gguf
+from engine.kernels import decode, encode_bf16, encode_f16
+from engine.llama import AdapterTensors
+from engine.lora import KINDS, Adapter, join_adapters
+from engine.model import Model
+
+# Weights that are decoded together, with a copy and their sum.
+_PART_BYTES = 4 << 20
+
+_FILE_TYPE = "general.file_type"
+_FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, BF16: 32}
+
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+
+
+@dataclass(slots=True)
+class TensorReport:
+    """What has become of a tensor.
+
+    Attributes
+    ----------
+    name : str
+    before, after : DType
+    touched : bool
+        Whether an adapter changes it.
+    n_values : int
+    change, error : float
+        Sums of squares: of what the adapters add, and of what is stored less what it was to be.
+    largest_error : float
+    n_bytes : int
+        That were written.
+    """
+
+    name: str
+    before: DType
+    after: DType
+    touched: bool
+    n_values: int = 0
+    change: float = 0.0
+    error: float = 0.0
+    largest_error: float = 0.0
+    n_bytes: int = 0
+
+    @property
+    def rms_change(self) -> float:
+        """Root of the mean square of what the adapters add."""
+        return math.sqrt(self.change / self.n_values) if self.n_values else 0.0
+
+    @property
+    def rms_error(self) -> float:
+        """Root of the mean square of the rounding error."""
+        return math.sqrt(self.error / self.n_values) if self.n_values else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Delta:
+    """Adapters of some rows: all of a tensor, or queries, keys or values of a joint one."""
+
+    first: int
+    adapter: AdapterTensors
+
+    def of_rows(self, begin: int, end: int) -> tuple[slice, NDArray[np.float32]] | None:
+        """Give what is added to the rows from `begin` to `end`, and to which of these."""
+        a, b = self.adapter.a.numpy(), self.adapter.b.numpy()
+        if len(b) != len(a):  # a norm's B is one number a rank, a row in memory
+            b = b.reshape(-1, 1)
+        low, high = max(begin, self.first), min(end, self.first + b.shape[1])
+        if low >= high:
+            return None
+        rows = b[:, low - self.first : high - self.first]
+        return slice(low - begin, high - begin), rows.T @ a * np.float32(self.adapter.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A tensor of the new file: the base's tensor, what is added, the type it gets."""
+
+    name: str
+    info: TensorInfo
+    data: NDArray[np.uint8]
+    dtype: DType
+    deltas: Sequence[_Delta] = field(default=())
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.info.shape[:-1])
+
+    @property
+    def row_length(self) -> int:
+        return self.info.shape[-1] if self.info.shape else 1
+
+    @property
+    def is_copy(self) -> bool:
+        return not self.deltas and self.dtype is self.info.dtype
+
+
+def merge(
+    model: Model,
+    adapters: Sequence[tuple[Adapter, float]],
+    path: Path | str,
+    *,
+    dtype: DType | None = None,
+    rescue: bool = False,
+    n_threads: int = 1,
+    on_tensor: Callable[[TensorReport], None] = lambda _: None,
+) -> None:
+    """Write a model with adapters merged into its weights.
+
+    Where the output shares the embedding's weights and either of them is adapted, the file gets an
+    output of its own.
+
+    Parameters
+    ----------
+    model : Model
+    adapters : sequence of (Adapter, scale)
+        Checked to fit the model; see `engine.lora.check_fits`.
+    path : path of the new file
+    dtype : DType, optional
+        Type of all matrices; by default each tensor keeps its own. Vectors always do.
+    rescue : bool
+        Store matrices that adapters touch as BF16 where they would be quantized.
+    n_threads : int
+    on_tensor : callable
+        Is told of each tensor once it is written, in the order of the file.
+
+    Raises
+    ------
+    DataError
+        If a tensor's type cannot be written.
+    EngineError
+        If the file cannot be written; the former file is whole then.
+    """
+    planned = _plan(model, adapters, dtype, rescue)
+    keys = _keys(model, dtype)
+    with ThreadPoolExecutor(n_threads) as pool:
+
+        def tensor(item: _Planned) -> tuple[str, DType, tuple[int, ...], Any]:
+            def parts() -> Iterator[Any]:
+                return _write(item, pool, 2 * n_threads, on_tensor)
+
+            return item.name, item.dtype, item.info.shape, parts
+
+        write_gguf(path, keys, [tensor(item) for item in planned])
+
+
+def total_bytes(model: Model) -> int:
+    """Bytes of the base's tensors: what `merge` has to go through."""
+    return sum(info.n_bytes for info in model.file.tensors.values())
+
+
+def _plan(
+    model: Model, adapters: Sequence[tuple[Adapter, float]], dtype: DType | None, rescue: bool
+) -> list[_Planned]:
+    file, tied = model.file, model.weights.tied
+    joined = join_adapters(adapters, model.adapter_shapes(dict.fromkeys(KINDS, 1)))
+
+    def plan(name: str, info: TensorInfo, deltas: Sequence[_Delta]) -> _Planned:
+        chosen = info.dtype
+        if len(info.shape) > 1:
+            if dtype is not None and info.shape[-1] % dtype.block == 0:
+                chosen = dtype
+            if deltas and rescue and chosen.block > 1:
+                chosen = BF16
+        planned = _Planned(name, info, file.data(info.name), chosen, deltas)
+        if not planned.is_copy and chosen not in _ENCODERS:
+            raise DataError(
+                f"{file.path}: tensor {name}: type {chosen.name} cannot be written; choose another "
+                "with --type, or keep what adapters touch in bf16 with --rescue bf16"
+            )
+        return planned
+
+    planned = [
+        plan(name, info, _deltas(model, name, joined)) for name, info in file.tensors.items()
+    ]
+    if tied and {"token_embd", "output"} & joined.keys():
+        own = [_Delta(0, joined["output"])] if "output" in joined else []
+        planned.append(plan(_OUTPUT, file.tensors[_EMBEDDING], own))
+    return planned
+
+
+def _deltas(model: Model, name: str, joined: dict[str, AdapterTensors]) -> list[_Delta]:
+    base, _, suffix = name.rpartition(".")
+    if suffix != "weight":
+        return []
+    if base in joined:
+        return [_Delta(0, joined[base])]
+    prefix, _, kind = base.rpartition(".")
+    if kind != "attn_qkv":
+        return []
+    found, first = [], 0
+    for part in ("attn_q", "attn_k", "attn_v"):
+        weight = f"{prefix}.{part}"
+        if weight in joined:
+            found.append(_Delta(first, joined[weight]))
+        first += model.weights.by_name[weight].rows
+    return found
+
+
+def _keys(model: Model, dtype: DType | None) -> list[tuple[str, KeyType, Any]]:
+    file = model.file
+    keys = [(key, file.value_types[key], value) for key, value in file.metadata.items()]
+    if dtype is None:
+        return keys
+    kept = [key for key in keys if key[0] != _FILE_TYPE]
+    return [*kept, (_FILE_TYPE, ValueType.U32, _FILE_TYPES[dtype])]
+
+
+def _write(
+    item: _Planned, pool: ThreadPoolExecutor, ahead: int, on_tensor: Callable[[TensorReport], None]
+) -> Iterator[Any]:
+    """Give a tensor's bytes part by part, some of them made ahead; tell of it at the end."""
+    report = TensorReport(item.name, item.info.dtype, item.dtype, bool(item.deltas))
+    if item.is_copy:
+        yield item.data
+        report.n_bytes = item.info.n_bytes
+    else:
+        step = max(1, _PART_BYTES // (4 * item.row_length))
+        waiting: deque[Future[_Part]] = deque()
+        for begin in range(0, item.rows, step):
+            waiting.append(pool.submit(_merge_rows, item, begin, min(begin + step, item.rows)))
+            if len(waiting) > ahead:
+                yield _count(report, waiting.popleft().result())
+        while waiting:
+            yield _count(report, waiting.popleft().result())
+    on_tensor(report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows as they are stored, and sums of squares of what was added and of what was lost."""
+
+    data: NDArray[Any]
+    n_values: int
+    change: float
+    error: float
+    largest_error: float
+
+
+def _count(report: TensorReport, part: _Part) -> NDArray[Any]:
+    report.n_values += part.n_values
+    report.change += part.change
+    report.error += part.error
+    report.largest_error = max(report.largest_error, part.largest_error)
+    report.n_bytes += part.data.nbytes
+    return part.data
+
+
+def _merge_rows(item: _Planned, begin: int, end: int) -> _Part:
+    n, old = item.row_length, item.info.dtype
+    row_bytes = old.row_bytes(n)
+    stored = item.data[begin * row_bytes : end * row_bytes]
+    values = decode(old.id, stored, (end - begin) * n).reshape(end - begin, n)
+    change = 0.0
+    for delta in item.deltas:
+        added = delta.of_rows(begin, end)
+        if added is not None:
+            rows, addend = added
+            values[rows] += addend
+            change += _squares(addend)
+    flat = values.reshape(-1)
+    data = _ENCODERS[item.dtype](flat)
+    back = decode(item.dtype.id, data.view(np.uint8), flat.size)
+    np.subtract(back, flat, out=back)
+    return _Part(data, flat.size, change, _squares(back), float(np.abs(back).max()))
+
+
+def _squares(values: NDArray[np.float32]) -> float:
+    flat = values.reshape(-1).astype(np.float64)
+    return float(np.dot(flat, flat))
+
+
+def _encode_q8_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    blocks = values.reshape(-1, Q8_0.block)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    scaled = blocks * inverse
+    codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
+    out = np.empty((len(blocks), Q8_0.block_bytes), np.uint8)
+    out[:, :2] = scale.astype("<f2").view(np.uint8)
+    out[:, 2:] = codes.view(np.uint8)
+    return out.reshape(-1)
+
+
+_ENCODERS: dict[DType, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
+    F32: lambda values: values,
+    F16: encode_f16,
+    BF16: encode_bf16,
+    Q8_0: _encode_q8_0,
+}
