@@ -16,7 +16,7 @@ from engine.dtypes import F16, DType
 from engine.errors import DataError, FormatError, OptionError, ShapeError
 from engine.gguf import GGUFFile, Scalar, read_gguf
 from engine.graph import Graph
-from engine.kernels import find_invalid, prefers_pairs
+from engine.kernels import prefers_pairs
 from engine.kvcache import KVCache
 from engine.llama import AdapterTensors, Hyperparameters, Weights
 from engine.lora import Adapter, join_adapters
@@ -24,6 +24,7 @@ from engine.rope import RopeOptions, Tables
 from engine.self_extend import GroupAttention
 from engine.tensor import Tensor
 from engine.tokenizer import Tokenizer
+from engine.validate import find_faults
 
 # general.architecture -> the module that reads its keys and writes its graph.
 ARCHITECTURES = {llama.ARCHITECTURE: llama}
@@ -148,17 +149,8 @@ def check_values(file: GGUFFile) -> None:
     DataError
         Naming the tensor, the row and the position of the first.
     """
-    for info in file.tensors.values():
-        n = int(np.prod(info.shape))
-        found = find_invalid(info.dtype.id, file.data(info.name), n)
-        if found >= 0:
-            element = found * info.dtype.block
-            what = "value" if info.dtype.block == 1 else "block scale"
-            raise DataError(
-                f"{file.path}: tensor {info.name}: infinite or NaN {what} in row "
-                f"{element // info.shape[-1]}, element {element % info.shape[-1]}; "
-                "get the file again"
-            )
+    for fault in find_faults(file):
+        raise DataError(f"{file.path}: {fault}; get the file again")
 
 
 class _Evaluation(NamedTuple):

@@ -28,6 +28,8 @@ ORDER = [
     "gguf_write",
     "gguf",
     "safetensors",
+    "validate",
+    "dtype_report",
     "locate",
     "escapes",
     "tensor",

@@ -25,7 +25,16 @@ MAX_THREADS = 512
 INT_MIN, INT_MAX, SEED_MAX = -(2**31), 2**31 - 1, 2**32 - 1
 
 # Commands with a table, which is in `engine.tools.NAME_options`, with underscores for hyphens.
-COMMANDS = ("finetune", "main", "convert-hf-to-gguf", "perplexity", "compare", "export-lora")
+COMMANDS = (
+    "finetune",
+    "main",
+    "perplexity",
+    "compare",
+    "export-lora",
+    "convert-hf-to-gguf",
+    "dtype-report",
+    "validate",
+)
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+")
 _REAL = re.compile(
