@@ -1,4 +1,4 @@
-"""The model and the context that the options of `main` ask for."""
+"""The model and the context that the options of `main`, or some of them, ask for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import OptionError, ShapeError
 
+from .main_model_options import ModelOptions
 from .main_options import MainOptions
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from engine.tensor import Tensor
 
 Log = Callable[[str], None]
+Options = MainOptions | ModelOptions
 
 
-def load_model(path: Path, options: MainOptions, log: Log) -> Model:
+def load_model(path: Path, options: Options, log: Log) -> Model:
     """Load the model with the metadata and the rotation that were asked for, and tell of it."""
     from engine.model import Model
 
@@ -50,7 +52,7 @@ def load_model(path: Path, options: MainOptions, log: Log) -> Model:
     return model
 
 
-def context_size(model: Model, options: MainOptions, log: Log) -> int:
+def context_size(model: Model, options: Options, log: Log) -> int:
     """Choose the size of the context as the original does."""
     from engine.generate import SMALLEST_CONTEXT, context_size
 
@@ -66,7 +68,7 @@ def context_size(model: Model, options: MainOptions, log: Log) -> int:
 
 
 def make_context(
-    model: Model, n_ctx: int, threads: tuple[int, int], options: MainOptions, log: Log
+    model: Model, n_ctx: int, threads: tuple[int, int], options: Options, log: Log
 ) -> Context:
     """Load what is applied beside the model and make a context with all of it.
 
@@ -93,7 +95,7 @@ def make_context(
     )
 
 
-def _rope_options(options: MainOptions) -> RopeOptions:
+def _rope_options(options: Options) -> RopeOptions:
     from engine.rope import RopeOptions
 
     return RopeOptions(
@@ -108,7 +110,7 @@ def _rope_options(options: MainOptions) -> RopeOptions:
     )
 
 
-def _load_adapters(model: Model, options: MainOptions, log: Log) -> list[tuple[Adapter, float]]:
+def _load_adapters(model: Model, options: Options, log: Log) -> list[tuple[Adapter, float]]:
     from engine.lora import KINDS, BaseInfo, check_fits, read_adapter
 
     if options.lora_base:
@@ -128,7 +130,7 @@ def _load_adapters(model: Model, options: MainOptions, log: Log) -> list[tuple[A
     return adapters
 
 
-def _group(model: Model, options: MainOptions, log: Log) -> GroupAttention | None:
+def _group(model: Model, options: Options, log: Log) -> GroupAttention | None:
     from engine.self_extend import GroupAttention
 
     factor, width = options.group_factor, options.group_width
@@ -144,7 +146,7 @@ def _group(model: Model, options: MainOptions, log: Log) -> GroupAttention | Non
         raise OptionError(f"--grp-attn-w: {error}") from None
 
 
-def _load_directions(model: Model, options: MainOptions, log: Log) -> Mapping[int, Tensor]:
+def _load_directions(model: Model, options: Options, log: Log) -> Mapping[int, Tensor]:
     from engine.control_vector import read_control_vector, sum_directions
 
     n_layer = model.hparams.n_layer

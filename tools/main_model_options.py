@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from engine.dtypes import CACHE_TYPES
 
 from .options import Option, Value, choice, in_group, leading_float, real, text, whole
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model runs and in what context: for commands that take what `main` takes."""
+
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    check_tensors: bool
+    bf16: str
+    adapters: tuple[tuple[str, float], ...]
+    lora_base: str
+    control_vectors: tuple[tuple[str, float], ...]
+    control_layers: tuple[int, int]
+    overrides: tuple[tuple[str, int | float | bool | str], ...]
+    cache_type_k: str
+    cache_type_v: str
+    flash_attention: bool
+    group_factor: int
+    group_width: int
+    rope_scaling: str | None
+    rope_freq_base: float | None
+    rope_freq_scale: float | None
+    yarn_orig_ctx: int | None
+    yarn_ext_factor: float | None
+    yarn_attn_factor: float
+    yarn_beta_slow: float
+    yarn_beta_fast: float
+
 
 _OVERRIDE = re.compile(r"([^=]+)=(int|float|bool|str):(.*)", re.DOTALL)
 _NO_DEVICE = "everything is computed on this processor"

@@ -29,11 +29,11 @@ class Computing:
 
 
 def make_log(program: str, enabled: bool) -> Log:
-    """Give a function that writes lines to standard error, if they are wanted."""
+    """Give a function that writes lines to standard error under the command's name, if wanted."""
 
     def log(line: str) -> None:
         if enabled:
-            note(f"{program}: {line}" if line else "")
+            note(f"{program}: {line.removeprefix('main: ')}")  # what loads models is main's
 
     return log
 
@@ -68,6 +68,13 @@ def window_bos(model: Model) -> int | None:
     return tokenizer.bos_id if tokenizer.declares_bos else None
 
 
+def warn_of_length(model: Model, n_ctx: int, log: Log) -> None:
+    """Tell when windows are longer than what the model was trained on."""
+    trained = model.hparams.n_ctx_train
+    if n_ctx > trained:
+        log(f"warning: model was trained on only {trained} context tokens ({n_ctx} specified)")
+
+
 def make_context(
     model: Model,
     n_ctx: int,
@@ -78,9 +85,7 @@ def make_context(
     """Load the adapters and make a context in which they are applied."""
     from engine.model import Context
 
-    trained = model.hparams.n_ctx_train
-    if n_ctx > trained:
-        log(f"warning: model was trained on only {trained} context tokens ({n_ctx} specified)")
+    warn_of_length(model, n_ctx, log)
     return Context(
         model,
         n_ctx,

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
+from engine.locate import locate_model
+
 from . import perplexity_options
 from .console import (
     GPU_WARNINGS,
@@ -22,15 +24,8 @@ from .console import (
     usable_cores,
     version_line,
 )
-from .measured import (
-    Computing,
-    load_model,
-    make_context,
-    make_log,
-    text_tokens,
-    time_to_go,
-    window_bos,
-)
+from .main_model import load_model, make_context
+from .measured import make_log, text_tokens, time_to_go, warn_of_length, window_bos
 from .perplexity_options import PerplexityOptions
 from .progress import ProgressBar
 from .prompt import prompt_bytes
@@ -38,7 +33,7 @@ from .prompt import prompt_bytes
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
     from engine.measure import Divergence, LogitFile, Mean, Windows
-    from engine.model import Model
+    from engine.model import Context, Model
 
 _FEWEST = 100  # scored tokens below which the original draws no conclusions
 
@@ -76,6 +71,8 @@ def _run(arguments: Sequence[str]) -> int:
     if "gpu_layers" in options.given:
         for line in GPU_WARNINGS:
             measurement.log(line.format(option="--gpu-layers"))
+    for line in dict.fromkeys(options.without_effect):
+        measurement.log(f"warning: {line}")
     measurement.run()
     return 0
 
@@ -86,29 +83,29 @@ class _Measurement:
     def __init__(self, options: PerplexityOptions) -> None:
         self.options = options
         self.log = make_log("perplexity", options.log)
-        threads = thread_count(options.threads, usable_cores())
-        self.computing = Computing(
-            options.n_batch,
-            options.n_ubatch,
-            (threads, thread_count(options.threads_batch, threads)),
-            options.bf16,
-        )
 
     def run(self) -> None:
         options = self.options
         text = prompt_bytes(options.prompt, escape=options.escape)  # refused before numpy is loaded
+        path = locate_model(options.model)
         if options.kl_divergence:
             from engine.measure import read_logit_file
 
             base = read_logit_file(options.logit_file)
-            model = load_model(options.model, self.log, check_tensors=options.check_tensors)
-            self._divergence(model, base)
+            self._divergence(load_model(path, options, self.log), base)
             return
-        model = load_model(options.model, self.log, check_tensors=options.check_tensors)
+        model = load_model(path, options, self.log)
         if options.stride:
             self._strided(model, text)
         else:
             self._halves(model, text)
+
+    def _context(self, model: Model, n_ctx: int) -> Context:
+        options = self.options
+        warn_of_length(model, n_ctx, self.log)
+        threads = thread_count(options.threads, usable_cores())
+        both = (threads, thread_count(options.threads_batch, threads))
+        return make_context(model, n_ctx, both, options, self.log)
 
     def _halves(self, model: Model, text: bytes) -> None:
         from engine.measure import halves, open_logit_writer, perplexity
@@ -116,7 +113,7 @@ class _Measurement:
         options = self.options
         tokens = text_tokens(model, text, self.log)
         windows = halves(tokens, options.n_ctx, options.chunks, window_bos(model))
-        context = make_context(model, windows.n_ctx, self.computing, options.adapters, self.log)
+        context = self._context(model, windows.n_ctx)
         self._tell_plan(windows)
         with ExitStack() as files:
             writer = None
@@ -139,14 +136,16 @@ class _Measurement:
         options = self.options
         # A window is the original's whole context: as many as a batch holds, and half a stride.
         n_all = options.n_ctx * max(1, options.n_batch // options.n_ctx)
-        n_ctx = context_size(n_all + options.stride // 2, model.hparams.n_ctx_train)
+        n_ctx = context_size(
+            n_all + options.stride // 2, model.hparams.n_ctx_train, flash=options.flash_attention
+        )
         self.log(
             "Will perform strided perplexity calculation -> adjusting context size from "
             f"{n_all} to {n_ctx}"
         )
         tokens = text_tokens(model, text, self.log)
         windows = strided(tokens, n_ctx, options.stride, options.chunks)
-        context = make_context(model, n_ctx, self.computing, options.adapters, self.log)
+        context = self._context(model, n_ctx)
         self._tell_plan(windows)
         for number, loss in self._steps(windows, perplexity(context, windows)):
             if options.output_type == 0:
@@ -159,9 +158,7 @@ class _Measurement:
         from engine.measure import divergence
 
         windows = base.windows
-        context = make_context(
-            model, windows.n_ctx, self.computing, self.options.adapters, self.log
-        )
+        context = self._context(model, windows.n_ctx)
         found = divergence(context, model.hparams.n_vocab, base, window_bos(model))
         for number, seen in self._steps(windows, found):
             if number == 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from engine.errors import OptionError
 
 from . import main_options
+from .main_model_options import ACCEPTED, CONTEXT, MODEL, ModelOptions
 from .main_options import PromptSource
 from .options import (
     Option,
@@ -25,7 +26,7 @@ from .options import (
 
 
 @dataclass(frozen=True, slots=True)
-class PerplexityOptions:
+class PerplexityOptions(ModelOptions):
     """What a run of `perplexity` was asked for."""
 
     model: str
@@ -35,13 +36,8 @@ class PerplexityOptions:
     log: bool
     threads: int | None
     threads_batch: int | None
-    n_ctx: int
-    n_batch: int
-    n_ubatch: int
-    check_tensors: bool
-    bf16: str
     gpu_layers: int
-    adapters: tuple[tuple[str, float], ...]
+    without_effect: tuple[str, ...]
     all_logits: bool
     chunks: int
     stride: int
@@ -117,7 +113,7 @@ _COMPUTATION = in_group(
     "computation",
     *shared_rows("-t", "-tb"),
     Option(("-c", "--ctx-size"), "n_ctx", "tokens of a window", (whole(),), default=512),
-    *shared_rows("-b", "-ub", "--check-tensors", "--bf16", "-ngl", "--lora", "--lora-scaled"),
+    *shared_rows("-b", "-ub", "--check-tensors", "--bf16"),
 )  # fmt: skip
 
 _CHOICES = not_offered(
@@ -126,13 +122,21 @@ _CHOICES = not_offered(
     "--multiple-choice-tasks",
 )  # fmt: skip
 
-TABLE = OptionTable("perplexity", _GENERAL + _MEASURE + _COMPUTATION + _CHOICES)
+# Positions are grouped as a text grows, which a window does not.
+_SELF_EXTEND = ("group_factor", "group_width")
+
+TABLE = OptionTable(
+    "perplexity",
+    _GENERAL + _MEASURE + _COMPUTATION + MODEL
+    + tuple(row for row in CONTEXT if row.dest not in _SELF_EXTEND) + ACCEPTED + _CHOICES,
+)  # fmt: skip
 
 
 def parse(arguments: Sequence[str]) -> tuple[PerplexityOptions, Parsed]:
     """Read the arguments of `perplexity`; see `parse_table` for what is raised."""
     parsed = parse_table(TABLE, arguments)
-    options = PerplexityOptions(**parsed.values, given=parsed.given)
+    values = parsed.values | dict.fromkeys(_SELF_EXTEND, 1)
+    options = PerplexityOptions(**values, given=parsed.given)
     if not parsed.stopped_by:
         _check(options)
     return options, parsed

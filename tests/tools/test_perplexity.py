@@ -246,6 +246,16 @@ def test_an_adapter_moves_the_perplexity(capfd) -> None:
     assert moved[-2] < 0.99 * plain[-2]  # it was trained on this text
 
 
+def test_a_stretched_context_is_measured_as_it_is_predicted_in(capfd) -> None:
+    common = ["-m", str(DATA / "mini-f32.gguf"), "-f", str(DATA / "play.txt"), "-c", "128",
+              "--chunks", "3", "--log-disable"]  # fmt: skip
+    # The original's figure, with -b 128 --rope-scale 2.
+    assert "PPL = 13619.70" in run(capfd, *common, "--rope-scale", "2")
+    plain, f32 = run(capfd, *common), run(capfd, *common, "-ctk", "f32", "-ctv", "f32")
+    assert numbers(f32) == pytest.approx(numbers(plain), rel=1e-3)
+    assert f32 != plain
+
+
 def test_help_goes_to_standard_output_without_numpy() -> None:
     code = "import sys; from engine.tools.perplexity import main\nstatus = main(['--help'])\n"
     code += "sys.exit(status or ('numpy' in sys.modules and 'numpy was imported') or 0)"
