@@ -44,9 +44,22 @@ Q4_1 = DType(3, "Q4_1", 32, 20)
 Q5_0 = DType(6, "Q5_0", 32, 22)
 Q5_1 = DType(7, "Q5_1", 32, 24)
 Q8_0 = DType(8, "Q8_0", 32, 34)
+Q2_K = DType(10, "Q2_K", 256, 84)
+Q3_K = DType(11, "Q3_K", 256, 110)
+Q4_K = DType(12, "Q4_K", 256, 144)
+Q5_K = DType(13, "Q5_K", 256, 176)
+Q6_K = DType(14, "Q6_K", 256, 210)
+IQ4_NL = DType(20, "IQ4_NL", 32, 18)
+IQ4_XS = DType(23, "IQ4_XS", 256, 136)
 BF16 = DType(30, "BF16", 1, 2)
 
-BY_ID = {t.id: t for t in (F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, BF16)}
+BY_ID = {
+    t.id: t
+    for t in (
+        *(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0),
+        *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS),
+    )
+}
 
 # How a cache may keep keys and values, by the names that options use.
 CACHE_TYPES = {t.name.lower(): t for t in (F32, F16)}
@@ -66,20 +79,13 @@ REMOVED = {
 # Ids with a meaning that this engine cannot run yet: named in messages.
 UNSUPPORTED = {
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",

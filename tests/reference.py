@@ -1,8 +1,7 @@
 """Every kernel once more, in plain NumPy, written to be read.
 
 Ops compute in float64 whatever they are given; the formulas are in ``engine/simd/kernels.h``.
-Stored types are decoded and encoded as their formats say, in float32 with one rounding an
-operation, so that bits can be compared.
+Stored types are in ``formats.py``: as they round in float32, bits can be compared.
 """
 
 from __future__ import annotations
@@ -14,200 +13,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from engine import dtypes
 from engine.dtypes import DType
+from tests.formats import Bytes, half, reciprocal
+from tests.formats import decode_row as decode_row
+from tests.formats import encode as encode
+from tests.formats import encode_bf16 as encode_bf16
+from tests.formats import encode_f16 as encode_f16
+from tests.formats import find_invalid as find_invalid
 
 Floats = NDArray[np.float64]
-Bytes = NDArray[np.uint8]
 
 f32 = np.float32
 
 
 def wide(x: ArrayLike) -> Floats:
     return np.asarray(x, np.float64)
-
-
-# ---------------------------------------------------------------- stored types: decoding
-
-
-def decode_row(dtype: DType, data: Bytes) -> NDArray[np.float32]:
-    """All whole blocks of `data` as float32."""
-    if dtype.block == 1:
-        return DECODE_PLAIN[dtype.name](data)
-    blocks = data.reshape(-1, dtype.block_bytes)
-    return DECODE_BLOCKS[dtype.name](blocks).reshape(-1)
-
-
-def decode_bf16(data: Bytes) -> NDArray[np.float32]:
-    return (data.view("<u2").astype(np.uint32) << 16).view(f32)
-
-
-DECODE_PLAIN: dict[str, Callable[[Bytes], NDArray[np.float32]]] = {
-    "F32": lambda data: data.view("<f4").astype(f32),
-    "F16": lambda data: data.view("<f2").astype(f32),
-    "BF16": decode_bf16,
-}
-
-
-def half(blocks: Bytes, at: int) -> NDArray[np.float32]:
-    """The half-precision field at byte `at` of each block, as a column."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(f32)
-
-
-def nibbles(blocks: Bytes, at: int) -> NDArray[np.int32]:
-    """32 four-bit codes a block: low nibbles of 16 bytes, then the high ones."""
-    q = blocks[:, at : at + 16]
-    return np.concatenate([q & 15, q >> 4], axis=1).astype(np.int32)
-
-
-def fifth_bits(blocks: Bytes, at: int) -> NDArray[np.int32]:
-    """Bit e of the 32-bit word at byte `at` as 16 for element e."""
-    word = np.ascontiguousarray(blocks[:, at : at + 4]).view("<u4")
-    return (((word >> np.arange(32, dtype=np.uint32)) & 1) << 4).astype(np.int32)
-
-
-def decode_q4_0(b: Bytes) -> NDArray[np.float32]:
-    return (nibbles(b, 2) - 8).astype(f32) * half(b, 0)
-
-
-def decode_q4_1(b: Bytes) -> NDArray[np.float32]:
-    return nibbles(b, 4).astype(f32) * half(b, 0) + half(b, 2)
-
-
-def decode_q5_0(b: Bytes) -> NDArray[np.float32]:
-    return (nibbles(b, 6) + fifth_bits(b, 2) - 16).astype(f32) * half(b, 0)
-
-
-def decode_q5_1(b: Bytes) -> NDArray[np.float32]:
-    return (nibbles(b, 8) + fifth_bits(b, 4)).astype(f32) * half(b, 0) + half(b, 2)
-
-
-def decode_q8_0(b: Bytes) -> NDArray[np.float32]:
-    return np.ascontiguousarray(b[:, 2:]).view(np.int8).astype(f32) * half(b, 0)
-
-
-DECODE_BLOCKS: dict[str, Callable[[Bytes], NDArray[np.float32]]] = {
-    "Q4_0": decode_q4_0,
-    "Q4_1": decode_q4_1,
-    "Q5_0": decode_q5_0,
-    "Q5_1": decode_q5_1,
-    "Q8_0": decode_q8_0,
-}
-
-
-# ---------------------------------------------------------------- stored types: encoding
-
-
-def encode_bf16(x: ArrayLike) -> NDArray[np.uint16]:
-    """Nearest, ties to even; NaN made quiet, subnormals rounded like the rest."""
-    bits = np.asarray(x, f32).view(np.uint32)
-    nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(is_nan, (bits >> 16) | 0x40, nearest).astype(np.uint16)
-
-
-def encode_f16(x: ArrayLike) -> NDArray[np.uint16]:
-    """Nearest, ties to even, overflow to infinity."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(x, f32).astype(np.float16).view(np.uint16)
-
-
-def reciprocal(d: NDArray[np.float32], of: float = 1) -> NDArray[np.float32]:
-    return np.divide(f32(of), d, out=np.zeros_like(d), where=d != 0)
-
-
-def halves(d: NDArray[np.float32]) -> Bytes:
-    return d.astype("<f2").view(np.uint8)
-
-
-def pack_nibbles(codes: NDArray[np.int32]) -> Bytes:
-    low = codes & 15
-    return (low[:, :16] | low[:, 16:] << 4).astype(np.uint8)
-
-
-def pack_fifth_bits(codes: NDArray[np.int32]) -> Bytes:
-    bits = ((codes >> 4) & 1).astype(np.uint32) << np.arange(32, dtype=np.uint32)
-    return bits.sum(axis=1, dtype=np.uint32)[:, None].astype("<u4").view(np.uint8)
-
-
-def first_largest(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The first element of each block whose magnitude is not exceeded later, with its sign."""
-    return np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-
-
-def symmetric(x: NDArray[np.float32], levels: int) -> tuple[Bytes, NDArray[np.int32]]:
-    """Scale and codes of the types whose middle code stands for zero."""
-    d = first_largest(x) / f32(-levels)
-    codes = (x * reciprocal(d) + f32(levels + 0.5)).astype(np.int32)
-    return halves(d), np.minimum(codes, 2 * levels - 1)
-
-
-def affine(x: NDArray[np.float32], top: int) -> tuple[Bytes, Bytes, NDArray[np.int32]]:
-    """Scale, offset and codes of the types that store their minimum."""
-    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-    d = (high - low) / f32(top)
-    codes = ((x - low) * reciprocal(d) + f32(0.5)).astype(np.int32)
-    return halves(d), halves(low), np.minimum(codes, top)
-
-
-def encode_q8_0(x: NDArray[np.float32]) -> list[Bytes]:
-    d = np.abs(x).max(axis=1, keepdims=True) / f32(127)
-    scaled = (x * reciprocal(d)).astype(np.float64)  # 0.5 less one bit plus 0.5 is 1 in float32
-    codes = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int8)
-    return [halves(d), codes.view(np.uint8)]
-
-
-def encode_q4_0(x: NDArray[np.float32]) -> list[Bytes]:
-    d, codes = symmetric(x, 8)
-    return [d, pack_nibbles(codes)]
-
-
-def encode_q4_1(x: NDArray[np.float32]) -> list[Bytes]:
-    d, m, codes = affine(x, 15)
-    return [d, m, pack_nibbles(codes)]
-
-
-def encode_q5_0(x: NDArray[np.float32]) -> list[Bytes]:
-    d, codes = symmetric(x, 16)
-    return [d, pack_fifth_bits(codes), pack_nibbles(codes)]
-
-
-def encode_q5_1(x: NDArray[np.float32]) -> list[Bytes]:
-    d, m, codes = affine(x, 31)
-    return [d, m, pack_fifth_bits(codes), pack_nibbles(codes)]
-
-
-ENCODE_BLOCKS: dict[str, Callable[[NDArray[np.float32]], list[Bytes]]] = {
-    "Q4_0": encode_q4_0,
-    "Q4_1": encode_q4_1,
-    "Q5_0": encode_q5_0,
-    "Q5_1": encode_q5_1,
-    "Q8_0": encode_q8_0,
-}
-
-
-def encode(dtype: DType, x: ArrayLike) -> Bytes:
-    """`x` as stored bytes of `dtype`; its size is a whole number of blocks."""
-    flat = np.ascontiguousarray(x, f32).reshape(-1)
-    if dtype is dtypes.F32:
-        return flat.astype("<f4").view(np.uint8)
-    if dtype is dtypes.F16:
-        return encode_f16(flat).view(np.uint8)
-    if dtype is dtypes.BF16:
-        return encode_bf16(flat).view(np.uint8)
-    fields = ENCODE_BLOCKS[dtype.name](flat.reshape(-1, dtype.block))
-    return np.concatenate(fields, axis=1).reshape(-1)
-
-
-def find_invalid(dtype: DType, data: Bytes) -> int:
-    """First element or block that is, or whose scale or offset is, infinite or NaN; -1 if none."""
-    if dtype.block == 1:
-        bad = ~np.isfinite(decode_row(dtype, data))
-    else:
-        blocks = data.reshape(-1, dtype.block_bytes)
-        fields = [half(blocks, 0)]
-        if dtype in OFFSET_TYPES:
-            fields.append(half(blocks, 2))
-        bad = ~np.isfinite(np.concatenate(fields, axis=1)).all(axis=1)
-    return int(bad.argmax()) if bad.any() else -1
 
 
 # ---------------------------------------------------------------- the optimizer's pass

@@ -60,12 +60,13 @@ def check(
 
 def test_gradient_of_linear_is_that_of_the_reference(isa: str, rng: np.random.Generator) -> None:
     for dtype in TYPES:
-        data = reference.encode(dtype, random(rng, 7, 32))
-        w = reference.decode_row(dtype, data).reshape(7, 32)
+        n_in, n_tokens = max(32, dtype.block), 5 if dtype.block < 256 else 1
+        data = reference.encode(dtype, random(rng, 7, n_in))
+        w = reference.decode_row(dtype, data).reshape(7, n_in)
         check(
             isa,
-            [random(rng, 5, 32)],
-            lambda g, x, d=data, t=dtype: ops.linear(g, x, stored(d, t, 7, 32)),
+            [random(rng, n_tokens, n_in)],
+            lambda g, x, d=data, t=dtype: ops.linear(g, x, stored(d, t, 7, x.cols)),
             lambda x, w=w: reference.linear(x, w),
             rng,
             4 * chain(7),
@@ -246,6 +247,8 @@ def test_linear_back_agrees_with_float64_and_accumulates(
     widths = [(64, 6), (32, 7), (96, 53), (544, 300)]
     if dtype.block == 1:
         widths += [(33, 7), (7, 64), (130, 53), (1, 1), (515, 3)]
+    if dtype.block == 256:
+        widths = [(256, 6), (768, 200)]
     for n_in, n_out in widths:
         data = reference.encode(dtype, random(rng, n_out, n_in))
         w = reference.decode_row(dtype, data).reshape(n_out, n_in)

@@ -177,9 +177,9 @@ TENSORS = {
     "removed type": (with_tensor("t", (32,), 4), "tensor t", "type Q4_2 was removed"),
     "removed packed type": (with_tensor("t", (32,), 31), "tensor t", "type Q4_0_4_4 was removed"),
     "unsupported type": (
-        with_tensor("t", (256,), 12),
+        with_tensor("t", (256,), 16),
         "tensor t",
-        "type Q4_K is not supported yet by this engine",
+        "type IQ2_XXS is not supported yet by this engine",
     ),
     "unknown type": (with_tensor("t", (32,), 99), "tensor t", "type number 99 is unknown"),
     "part of a block": (

@@ -30,7 +30,7 @@ Array = NDArray[Any]
 TOKENS = [1, 4, 5, 6, 7, 8, 9, 16, 63, 64, 65, 130]
 COLUMNS = [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 130]
 TYPES = list(dtypes.BY_ID.values())
-QUANTIZED = [t for t in TYPES if t.block > 1]
+ROUNDED = [dtypes.Q4_0, dtypes.Q4_1, dtypes.Q5_0, dtypes.Q5_1, dtypes.Q8_0]
 BLOCK = 32
 
 by_tokens = pytest.mark.parametrize("n_tokens", TOKENS)
@@ -68,6 +68,8 @@ def widths(dtype: DType) -> list[tuple[int, int]]:
     """(n_in, n_out) to try: n_in whole blocks of the type."""
     if dtype.block == 1:
         return [(64, 6), (33, 7), (7, 64), (130, 53), (1, 1), (48, 96)]
+    if dtype.block == 256:
+        return [(256, 6), (768, 53), (2304, 1)]
     return [(64, 6), (32, 7), (96, 53), (288, 1), (544, 48)]
 
 
@@ -116,7 +118,7 @@ def test_linear_agrees_with_float64(
         assert_close(y, reference.linear(x, w), magnitude, chain(n_in))
 
 
-@pytest.mark.parametrize("dtype", QUANTIZED, ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", ROUNDED, ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17, 65])
 def test_linear_with_rounded_activations_agrees_with_the_formula(
     isa: str, dtype: DType, n_tokens: int, rng: np.random.Generator, guarded: Guard
@@ -142,7 +144,7 @@ def test_linear_with_rounded_activations_stays_near_the_exact_product(
         data, w = weight(rng, dtype, n_out, n_in)
         x = random(rng, n_tokens, n_in)
         y = linear(isa, x, data, dtype, n_out, partner=True)
-        if dtype in QUANTIZED:
+        if dtype in ROUNDED:
             assert (abs(y - reference.linear(x, w)) <= rounding_error(dtype, x, w, data)).all()
         else:
             assert_same_bits(y, linear(isa, x, data, dtype, n_out))
@@ -154,7 +156,7 @@ def test_linear_with_rounded_activations_stays_near_the_exact_product(
 def test_linear_adds_the_adapter(
     isa: str, dtype: DType, n_tokens: int, rank: int, rng: np.random.Generator, guarded: Guard
 ) -> None:
-    n_in, n_out, scale = 96, 53, 1.75
+    n_in, n_out, scale = max(96, dtype.block), 53, 1.75
     data, _ = weight(rng, dtype, n_out, n_in)
     x = random(rng, n_tokens, n_in)
     a, b = guarded(random(rng, rank, n_in)), guarded(random(rng, rank, n_out))
@@ -175,8 +177,9 @@ def test_linear_adds_the_adapter(
 def test_linear_reads_unaligned_weights(isa: str, rng: np.random.Generator) -> None:
     for dtype in TYPES:
         for n_tokens in (8, 21):
-            data, _ = weight(rng, dtype, 13, 64)
-            x = random(rng, n_tokens, 64)
+            n_in = max(64, dtype.block)
+            data, _ = weight(rng, dtype, 13, n_in)
+            x = random(rng, n_tokens, n_in)
             shifted = np.empty(data.size + 1, np.uint8)
             shifted[1:] = data
             aligned = linear(isa, x, data, dtype, 13)
@@ -197,8 +200,9 @@ def test_linear_takes_long_rows(isa: str, rng: np.random.Generator) -> None:
 def test_linear_of_zeros_is_zero(isa: str, rng: np.random.Generator) -> None:
     for dtype in TYPES:
         for n_tokens in (2, 16):
-            data, _ = weight(rng, dtype, 7, 64)
-            x = np.zeros((n_tokens, 64), f32)
+            n_in = max(64, dtype.block)
+            data, _ = weight(rng, dtype, 7, n_in)
+            x = np.zeros((n_tokens, n_in), f32)
             assert (linear(isa, x, data, dtype, 7) == 0).all()
 
 
@@ -209,12 +213,14 @@ def test_linear_of_zeros_is_zero(isa: str, rng: np.random.Generator) -> None:
 def test_linear_lets_no_invalid_activation_vanish(
     isa: str, dtype: DType, n_tokens: int, bad: float, partner: bool, rng: np.random.Generator
 ) -> None:
-    data, w = weight(rng, dtype, 9, 96)
-    x = random(rng, n_tokens, 96)
-    token, column = int(rng.integers(n_tokens)), int(rng.integers(96))
+    n_in = max(96, dtype.block)
+    data, w = weight(rng, dtype, 9, n_in)
+    x = random(rng, n_tokens, n_in)
+    token, column = int(rng.integers(n_tokens)), int(rng.integers(n_in))
     x[token, column] = bad
     invalid = ~np.isfinite(linear(isa, x, data, dtype, 9, partner))
-    touched = np.ones(9, bool) if partner else (w[:, column] != 0) | bool(np.isnan(bad))
+    rounded = partner and dtype in ROUNDED  # then a block's scale is invalid, and all its elements
+    touched = np.ones(9, bool) if rounded else (w[:, column] != 0) | bool(np.isnan(bad))
     assert invalid[token][touched].all()
     assert not np.delete(invalid, token, axis=0).any()
 
@@ -222,9 +228,10 @@ def test_linear_lets_no_invalid_activation_vanish(
 @pytest.mark.parametrize("partner", [False, True], ids=["exact", "rounded"])
 def test_linear_takes_tiny_activations(isa: str, partner: bool, rng: np.random.Generator) -> None:
     for dtype in TYPES:
-        data, w = weight(rng, dtype, 9, 64)
+        n_in = max(64, dtype.block)
+        data, w = weight(rng, dtype, 9, n_in)
         for n_tokens, tiny in [(2, 1e-30), (9, 1e-38), (2, 1e-44)]:
-            x = (random(rng, n_tokens, 64) * tiny).astype(f32)
+            x = (random(rng, n_tokens, n_in) * tiny).astype(f32)
             y = linear(isa, x, data, dtype, 9, partner)
             size = reference.linear(abs(x), abs(w)).max() + abs(w).sum() * 2.0**-149
             assert np.isfinite(y).all()

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine import kernels, ops
-from engine.dtypes import BF16, F16, F32, Q4_1, Q8_0, DType
+from engine.dtypes import BF16, F16, F32, Q4_1, Q5_K, Q8_0, DType
 from engine.errors import OptionError
 from engine.graph import Graph
 from engine.lora import create_adapter
@@ -28,8 +28,9 @@ SHAPES = [
     (65, 2080, 34),
     (130, 4128, 50),
     (520, 64, 7),
+    (33, 2304, 17),
 ]
-TYPES = [BF16, F16, Q8_0, Q4_1]
+TYPES = [BF16, F16, Q8_0, Q4_1, Q5_K]
 PAIR_EPS = 2.0**-23  # two roundings a step, each of at most 2^-24
 
 
@@ -49,7 +50,7 @@ def weights(rng: np.random.Generator, dtype: DType, rows: int, cols: int) -> NDA
     stored = rng.integers(0, 256, (rows * cols // dtype.block, dtype.block_bytes), np.uint8)
     scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
     stored[:, :2] = scale
-    if dtype is Q4_1:
+    if dtype in (Q4_1, Q5_K):
         stored[:, 2:4] = scale
     return stored.reshape(-1)
 

@@ -3,21 +3,6 @@
  * Decoding is exact arithmetic of the format (a product, or a product and a sum, each rounded once and
  * never fused), so every variant gives the same bits. Bound: the bytes written. */
 
-V_INLINE float f16_value(const uint8_t *p)
-{
-    uint16_t h;
-    memcpy(&h, p, sizeof h);
-    return _cvtsh_ss(h);
-}
-
-/* 32 four-bit codes, one a byte, in element order. */
-V_INLINE __m256i nibble_codes(const uint8_t *qs)
-{
-    __m128i packed = _mm_loadu_si128((const __m128i *)qs);
-    __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
-    return _mm256_and_si256(both, _mm256_set1_epi8(15));
-}
-
 /* Bit e of qh as 16 in byte e, to be joined with the nibbles. */
 V_INLINE __m256i fifth_bits(const uint8_t *qh)
 {
@@ -89,6 +74,29 @@ V_INLINE void decode_blocks(int type, const uint8_t *p, int64_t n, float *y)
     for (int64_t i = 0; i < n; i += QUANT_BLOCK, p += bytes) {
         prefetch_weights(p);
         decode_block(type, p, y + i);
+    }
+}
+
+/* Types whose codes codes.h unpacks: a block's groups one after another. */
+V_INLINE void decode_groups(int type, const uint8_t *p, int64_t n, float *y)
+{
+    const int block = (int)block_elements(type), bytes = (int)block_bytes(type);
+    const int group = block == SUPER_BLOCK ? (int)group_elements(type) : block;
+    float d[MAX_GROUPS], m[MAX_GROUPS];
+    int8_t codes[QUANT_BLOCK];
+    for (int64_t i = 0; i < n; i += block, p += bytes) {
+        for (int ahead = 0; ahead < bytes; ahead += 64)
+            prefetch_weights(p + ahead);
+        group_scales(type, p, d, m);
+        for (int e = 0; e < block; e += QUANT_BLOCK, y += QUANT_BLOCK) {
+            _mm256_storeu_si256((__m256i *)codes, group_codes(type, p, e / QUANT_BLOCK));
+            for (int j = 0; j < QUANT_BLOCK; j += VL) {
+                vf x = v_mul(v_from_i8(codes + j), v_set1(d[(e + j) / group]));
+                if (scale_fields(type) == 2)
+                    x = v_add(x, v_set1(m[(e + j) / group]));
+                v_store(y + j, x);
+            }
+        }
     }
 }
 
@@ -170,6 +178,27 @@ static void FN(decode_row)(int type, const void *p, int64_t n, float *y)
     case TYPE_Q8_0:
         decode_blocks(TYPE_Q8_0, p, n, y);
         break;
+    case TYPE_Q2_K:
+        decode_groups(TYPE_Q2_K, p, n, y);
+        break;
+    case TYPE_Q3_K:
+        decode_groups(TYPE_Q3_K, p, n, y);
+        break;
+    case TYPE_Q4_K:
+        decode_groups(TYPE_Q4_K, p, n, y);
+        break;
+    case TYPE_Q5_K:
+        decode_groups(TYPE_Q5_K, p, n, y);
+        break;
+    case TYPE_Q6_K:
+        decode_groups(TYPE_Q6_K, p, n, y);
+        break;
+    case TYPE_IQ4_NL:
+        decode_groups(TYPE_IQ4_NL, p, n, y);
+        break;
+    case TYPE_IQ4_XS:
+        decode_groups(TYPE_IQ4_XS, p, n, y);
+        break;
     }
 }
 
@@ -240,7 +269,8 @@ static int64_t FN(find_invalid)(int type, const void *p, int64_t n)
 {
     const uint8_t *bytes = p;
     int64_t size = block_bytes(type), blocks = n / block_elements(type);
-    int fields = has_offset(type) ? 2 : 1;
+    int fields = scale_fields(type);
+    bytes += scale_place(type);
     for (int64_t i = 0; i < blocks; i++, bytes += size) {
         int bad = 0;
         if (type == TYPE_F32) {

@@ -12,6 +12,8 @@
 
 #include "vec_math.h"
 
+#include "codes.h"
+
 #include "convert.c"
 #include "linear.c"
 #include "precision.h"

@@ -40,10 +40,11 @@ def test_linear_has_the_same_bits_for_any_number_of_threads(
     isa: str, dtype: DType, n_tokens: int, rng: np.random.Generator
 ) -> None:
     for n_out in (1, 7, 53, 96):
-        data = reference.encode(dtype, random(rng, n_out, 96))
-        x = random(rng, n_tokens, 96)
-        adapter = (given(random(rng, 3, 96)), given(random(rng, 3, n_out)), 0.5)
-        w = stored(data, dtype, n_out, 96)
+        n_in = max(96, dtype.block)
+        data = reference.encode(dtype, random(rng, n_out, n_in))
+        x = random(rng, n_tokens, n_in)
+        adapter = (given(random(rng, 3, n_in)), given(random(rng, 3, n_out)), 0.5)
+        w = stored(data, dtype, n_out, n_in)
         results = [
             compute(isa, lambda g, x=x, w=w, a=adapter: ops.linear(g, given(x), w, a), n)[0]
             for n in (1, *MORE_THREADS)

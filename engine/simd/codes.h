@@ -1,0 +1,174 @@
+/* The blocks of 256 and IQ4_NL as 8-bit codes: 32 elements at a time, and a scale (and offset) a group.
+ *
+ *     x[e] = d[e / group] code[e] + m[e / group]         group: group_elements(type); IQ4_NL: its 32
+ * Codes are signed bytes, 0 ... 63 where the type has an offset. d is the product of the block's scale and the
+ * group's own, rounded once; m is minus the product of the block's minimum scale and the group's minimum. */
+#ifndef CYLORA_CODES_H
+#define CYLORA_CODES_H
+
+enum { MAX_GROUPS = SUPER_BLOCK / 16 };
+
+V_INLINE float f16_value(const uint8_t *p)
+{
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return _cvtsh_ss(h);
+}
+
+/* 32 four-bit codes, one a byte, in element order: low nibbles of 16 bytes, then the high ones. */
+V_INLINE __m256i nibble_codes(const uint8_t *qs)
+{
+    __m128i packed = _mm_loadu_si128((const __m128i *)qs);
+    __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
+    return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+/* The values that IQ4's codes stand for, by bytes of nibbles. */
+V_INLINE __m256i iq4_values(const uint8_t *qs)
+{
+    const __m128i table =
+        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibble_codes(qs));
+}
+
+/* `bits` bits of each of 32 bytes, from bit `shift` on. */
+V_INLINE __m256i plane(const uint8_t *bytes, int shift, int bits)
+{
+    __m256i x = _mm256_srli_epi16(_mm256_loadu_si256((const __m256i *)bytes), shift);
+    return _mm256_and_si256(x, _mm256_set1_epi8((char)((1 << bits) - 1)));
+}
+
+/* `value` in each byte whose bit `n` is set in 32 bytes of further bits. */
+V_INLINE __m256i where_bit(const uint8_t *bytes, int n, int value)
+{
+    __m256i bit = _mm256_set1_epi8((char)(1 << n));
+    __m256i set = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)bytes), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(set, bit), _mm256_set1_epi8((char)value));
+}
+
+/* Codes of elements 32 g ... 32 g + 31 of a block. */
+V_INLINE __m256i group_codes(int type, const uint8_t *p, int g)
+{
+    switch (type) {
+    case TYPE_Q2_K: {
+        const struct block_q2_k *b = (const void *)p;
+        return plane(b->qs + g / 4 * 32, g % 4 * 2, 2);
+    }
+    case TYPE_Q3_K: {
+        const struct block_q3_k *b = (const void *)p;
+        __m256i code =
+            _mm256_add_epi8(plane(b->qs + g / 4 * 32, g % 4 * 2, 2), where_bit(b->qh, g, 4));
+        return _mm256_sub_epi8(code, _mm256_set1_epi8(4));
+    }
+    case TYPE_Q4_K: {
+        const struct block_q4_k *b = (const void *)p;
+        return plane(b->qs + g / 2 * 32, g % 2 * 4, 4);
+    }
+    case TYPE_Q5_K: {
+        const struct block_q5_k *b = (const void *)p;
+        return _mm256_add_epi8(plane(b->qs + g / 2 * 32, g % 2 * 4, 4), where_bit(b->qh, g, 16));
+    }
+    case TYPE_Q6_K: {
+        const struct block_q6_k *b = (const void *)p;
+        __m256i low = plane(b->ql + g / 4 * 64 + g % 2 * 32, g % 4 / 2 * 4, 4);
+        __m256i upper = plane(b->qh + g / 4 * 32, g % 4 * 2, 2);
+        __m256i code = _mm256_or_si256(low, _mm256_slli_epi16(upper, 4));
+        return _mm256_sub_epi8(code, _mm256_set1_epi8(32));
+    }
+    case TYPE_IQ4_XS: {
+        const struct block_iq4_xs *b = (const void *)p;
+        return iq4_values(b->qs + g * 16);
+    }
+    default: {
+        const struct block_iq4_nl *b = (const void *)p;
+        return iq4_values(b->qs);
+    }
+    }
+}
+
+/* d[i] = scale code[i] for n bytes, n whole vectors or 8. */
+V_INLINE void scaled_bytes(const int8_t *codes, int n, float scale, float *d)
+{
+    for (int i = 0; i < n; i++)
+        d[i] = scale * (float)codes[i];
+}
+
+/* The eight scales and eight minima of six bits in q4_k and q5_k: four of each lie in the low bits of the first
+ * eight bytes, whose upper two bits complete the others' nibbles in the last four. */
+V_INLINE void six_bit_pairs(const uint8_t *packed, int8_t scales[8], int8_t minima[8])
+{
+    const uint32_t two = 0x03030303, four = 0x0F0F0F0F, six = 0x3F3F3F3F;
+    uint32_t word[3], out[2];
+    memcpy(word, packed, sizeof word);
+    out[0] = word[0] & six;
+    out[1] = (word[2] & four) | (word[0] >> 6 & two) << 4;
+    memcpy(scales, out, sizeof out);
+    out[0] = word[1] & six;
+    out[1] = (word[2] >> 4 & four) | (word[1] >> 6 & two) << 4;
+    memcpy(minima, out, sizeof out);
+}
+
+/* The sixteen scales of six bits in q3_k, less 32: nibbles of eight bytes, upper bits in the last four. */
+V_INLINE void six_bit_scales(const uint8_t *packed, int8_t scales[16])
+{
+    const uint32_t two = 0x03030303, four = 0x0F0F0F0F;
+    uint32_t word[3], out[4];
+    memcpy(word, packed, sizeof word);
+    for (int i = 0; i < 4; i++)
+        out[i] = (word[i % 2] >> i / 2 * 4 & four) | (word[2] >> 2 * i & two) << 4;
+    memcpy(scales, out, sizeof out);
+    for (int i = 0; i < 16; i++)
+        scales[i] = (int8_t)(scales[i] - 32);
+}
+
+/* Scale and offset of each group of a block: d and m above; m where scale_fields() is 2, else untouched. */
+V_INLINE void group_scales(int type, const uint8_t *p, float *d, float *m)
+{
+    int8_t scales[16], minima[16];
+    switch (type) {
+    case TYPE_Q2_K: {
+        const struct block_q2_k *b = (const void *)p;
+        for (int i = 0; i < 16; i++) {
+            scales[i] = b->scales[i] & 15;
+            minima[i] = b->scales[i] >> 4;
+        }
+        scaled_bytes(scales, 16, f16_value(b->d), d);
+        scaled_bytes(minima, 16, -f16_value(b->dmin), m);
+        break;
+    }
+    case TYPE_Q3_K: {
+        const struct block_q3_k *b = (const void *)p;
+        six_bit_scales(b->scales, scales);
+        scaled_bytes(scales, 16, f16_value(b->d), d);
+        break;
+    }
+    case TYPE_Q4_K:
+    case TYPE_Q5_K: {
+        const struct block_q4_k *b = (const void *)p; /* q5_k begins alike */
+        six_bit_pairs(b->scales, scales, minima);
+        scaled_bytes(scales, 8, f16_value(b->d), d);
+        scaled_bytes(minima, 8, -f16_value(b->dmin), m);
+        break;
+    }
+    case TYPE_Q6_K: {
+        const struct block_q6_k *b = (const void *)p;
+        scaled_bytes(b->scales, 16, f16_value(b->d), d);
+        break;
+    }
+    case TYPE_IQ4_XS: {
+        const struct block_iq4_xs *b = (const void *)p;
+        unsigned high = b->scales_h[0] | (unsigned)b->scales_h[1] << 8;
+        for (int i = 0; i < 8; i++) {
+            int low = b->scales_l[i / 2] >> i % 2 * 4 & 15;
+            scales[i] = (int8_t)((low | (int)(high >> 2 * i & 3) << 4) - 32);
+        }
+        scaled_bytes(scales, 8, f16_value(b->d), d);
+        break;
+    }
+    default:
+        d[0] = f16_value(p);
+        break;
+    }
+}
+
+#endif
