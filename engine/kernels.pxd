@@ -25,6 +25,7 @@ cdef extern from "kernels.h" nogil:
         GEMV_TOKENS
         MAX_ROW
         PROBE_FMA_FLOPS
+        SQUARE_PART
         N_VARIANTS
     int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
     int64_t back_packed_bytes(int64_t n_tokens, int64_t n_out)
@@ -185,13 +186,25 @@ cdef extern from "kernels.h" nogil:
         const float *weight
         float *loss
 
+    struct square_sums_args:
+        int64_t n
+        const float *x
+        double *sums
+
+    struct adamw_now:
+        float clip, step, correction, decay
+
     struct adamw_args:
         int64_t n
         float *x
         float *g
         float *m
         float *v
-        float clip, beta1, beta2, step, correction, decay
+        float beta1, beta2
+        const adamw_now *now
+        int64_t n_runs
+        const int64_t *run_ends
+        const int32_t *run_decays
 
     struct probe_args:
         int64_t n
@@ -206,10 +219,10 @@ cdef extern from "kernels.h" nogil:
         void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         int64_t (*find_invalid)(int type, const void *p, int64_t n) noexcept nogil
         double (*sum_squares)(const float *x, int64_t n) noexcept nogil
-        void (*adamw)(const adamw_args *args) noexcept nogil
         op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back
         op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer
         op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_read
+        op_fn square_sums, adamw
 
     struct variant:
         const kernels *table

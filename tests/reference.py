@@ -38,6 +38,12 @@ def sum_squares(x: ArrayLike) -> float:
     return float((x * x).astype(np.float64).sum())
 
 
+def square_sums(x: ArrayLike, part: int) -> Floats:
+    """Sums of squares of the parts of x, the last one shorter."""
+    x = np.asarray(x, f32)
+    return np.array([sum_squares(x[i : i + part]) for i in range(0, x.size, part)])
+
+
 def adamw(
     x: ArrayLike,
     g: ArrayLike,

@@ -232,7 +232,7 @@ class Training:
             decay_min_ndim=options.adam_decay_min_ndim,
             gclip=options.adam_gclip,
         )
-        return AdamW(self.adapter, params)
+        return AdamW(self.adapter, params, self.trainer.n_threads)
 
     def _schedule(self) -> Schedule:
         from engine.training.schedule import Schedule

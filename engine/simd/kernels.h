@@ -220,13 +220,33 @@ struct cross_entropy_args {
     float *loss;
 };
 
+/* sums[i] = squares of part i of x, SQUARE_PART floats each, the last one shorter. */
+struct square_sums_args {
+    int64_t n;
+    const float *x;
+    double *sums;
+};
+
+enum { SQUARE_PART = 1 << 14 };
+
+/* What changes from one update to the next. */
+struct adamw_now {
+    float clip, step, correction, decay;
+};
+
 /* One step of AdamW (arXiv:1711.05101) over n parameters; g is set to zero.
  *     g' = clip g;  m = beta1 m + (1 - beta1) g';  v = beta2 v + (1 - beta2) g'^2
- *     x = x (1 - decay) - step m / (sqrt(v correction) + 1e-8) */
+ *     x = x (1 - decay) - step m / (sqrt(v correction) + 1e-8)
+ * Parameters lie in n_runs stretches, of which those decay that run_decays says; they end at run_ends, rising
+ * to n. */
 struct adamw_args {
     int64_t n;
     float *x, *g, *m, *v;
-    float clip, beta1, beta2, step, correction, decay;
+    float beta1, beta2;
+    const struct adamw_now *now;
+    int64_t n_runs;
+    const int64_t *run_ends;
+    const int32_t *run_decays;
 };
 
 /* Peaks: n steps of arithmetic, or n floats to read. sink: a float a worker, so that nothing is left out. */
@@ -242,7 +262,6 @@ typedef void (*decode_row_fn)(int type, const void *p, int64_t n, float *y);
 typedef void (*encode_fn)(const float *x, int64_t n, uint16_t *y);
 typedef int64_t (*find_invalid_fn)(int type, const void *p, int64_t n);
 typedef double (*sum_squares_fn)(const float *x, int64_t n);
-typedef void (*adamw_fn)(const struct adamw_args *args);
 
 struct kernels {
     const char *isa;
@@ -252,10 +271,10 @@ struct kernels {
     encode_fn encode_bf16, encode_f16;
     find_invalid_fn find_invalid;
     sum_squares_fn sum_squares;
-    adamw_fn adamw;
     op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back;
     op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer;
     op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_read;
+    op_fn square_sums, adamw;
 };
 
 /* dispatch.c: the variants of this build, best first. */

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.errors import EngineError
-from engine.kernels import sum_squares
 from engine.lora import FloatArray
 from engine.training.data import Batches, IntArray
 from engine.training.report import EvaluationReport, IterationReport
@@ -45,8 +44,14 @@ class Optimizer(Protocol):
     def v(self) -> FloatArray:
         """Second moments."""
 
-    def step(self, grad: FloatArray, sched: float, iteration: int) -> Any:
-        """Make update number `iteration`, from 1, with the learning rate times `sched`."""
+    def norm(self, grad: FloatArray) -> float:
+        """Take the norm of the gradient."""
+
+    def step(self, grad: FloatArray, sched: float, iteration: int, norm: float) -> Any:
+        """Make update number `iteration`, from 1, with the learning rate times `sched`.
+
+        `norm` is the gradient's, which is left zero.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +177,7 @@ class Run:
     evaluate : callable (inputs, targets, weight) -> float
         Adds to `grad`.
     grad : ndarray of shape (n_parameters,), float32
-        Zeroed here before each evaluation.
+        Zeroed here before the first evaluation, and by the optimizer in each update.
     optimizer : Optimizer
     schedule : callable (int) -> float
         Factor of the learning rate after so many updates.
@@ -249,7 +254,7 @@ class Run:
         self._tokens = state.tokens
         self._epochs_seen_at: int | None = None
         self._sched = 0.0
-        self._first_loss = self._last_loss = 0.0
+        self._first_loss = self._last_loss = self._norm = 0.0
         optimizer.m[:], optimizer.v[:] = state.m, state.v
         state.m, state.v = optimizer.m, optimizer.v
 
@@ -280,6 +285,7 @@ class Run:
 
     def _optimize(self) -> End:
         state, options = self.state, self._options
+        self._grad.fill(0)
         loss = self._evaluate()
         self._first_loss = float(loss)
         state.just_initialized = False
@@ -291,7 +297,7 @@ class Run:
             before = state.opt_iteration
             state.opt_iteration += 1
             with np.errstate(over="ignore"):  # a rate that is too high shows in the next loss
-                self._optimizer.step(self._grad, self._sched, state.opt_iteration)
+                self._optimizer.step(self._grad, self._sched, state.opt_iteration, self._norm)
             loss = self._evaluate()
             end = self._converged(loss, before)
             if end is not None:
@@ -328,20 +334,19 @@ class Run:
         weight = np.float32(1) / np.float32(n)
         total = np.float32(0)
         self._begin_iteration()
-        self._grad.fill(0)
         for _ in range(n):
             inputs, targets = self._draw()
             total += np.float32(self._evaluate_batch(inputs, targets, float(weight)))
         loss = total * weight
         self._last_loss = float(loss)
-        norm = math.sqrt(sum_squares(self._grad))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        self._norm = self._optimizer.norm(self._grad)
+        if not (math.isfinite(loss) and math.isfinite(self._norm)):
             raise NotFiniteError(self.state.opt_iteration, float(loss))
         self._commit()
-        self._tell_evaluation(norm)
+        self._tell_evaluation()
         return loss
 
-    def _tell_evaluation(self, norm: float) -> None:
+    def _tell_evaluation(self) -> None:
         state, n_tokens = self.state, self._n_tokens
         self._tokens += n_tokens
         now = self._clock()
@@ -353,7 +358,7 @@ class Run:
                 sched=self._sched,
                 loss=self._last_loss,
                 validation_loss=self._fresh_validation(),
-                gradient_norm=norm,
+                gradient_norm=self._norm,
                 n_tokens=n_tokens,
                 evaluation_ms=self._stopwatch.so_far(now),
                 elapsed_ms=float(now - self._began),

@@ -18,5 +18,18 @@ class AdamW:
     params: AdamWParams
     m: NDArray[np.float32]
     v: NDArray[np.float32]
-    def __init__(self, adapter: Adapter, params: AdamWParams) -> None: ...
-    def step(self, grad: NDArray[np.float32], sched: float, iteration: int) -> float: ...
+    def __init__(
+        self,
+        adapter: Adapter,
+        params: AdamWParams,
+        n_threads: int = 1,
+        isa: str | None = None,
+    ) -> None: ...
+    def norm(self, grad: NDArray[np.float32]) -> float: ...
+    def step(
+        self,
+        grad: NDArray[np.float32],
+        sched: float,
+        iteration: int,
+        norm: float | None = None,
+    ) -> float: ...

@@ -159,6 +159,7 @@ class Trainer:
         Laid out like `Adapter.flat`; `evaluate` adds to it.
     memory_bytes, input_bytes, work_bytes : int
         Planned: activations, the batch, and the threads' working space.
+    n_threads : int
     flops : int
         Of the products with weights that a run takes, those done again among them.
 
@@ -184,7 +185,7 @@ class Trainer:
         self.shape = (n_batch, n_ctx)
         self.grad: NDArray[np.float32] = np.zeros_like(adapter.flat)
         self._model = model
-        self._n_threads = n_threads
+        self.n_threads = n_threads
         self._isa = isa
         self._pairs = _in_pairs(compute, isa)
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -215,7 +216,7 @@ class Trainer:
         return tensors
 
     def _plan(self, gradients: bool, checkpointing: bool = False, kept_layers: int = 0) -> _Pass:
-        graph = Graph(self._n_threads, self._isa)
+        graph = Graph(self.n_threads, self._isa)
         graph.pairs = self._pairs
         return _Pass(
             graph,

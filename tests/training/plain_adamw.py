@@ -18,16 +18,18 @@ class PlainAdamW:
         self.beta1, self.beta2 = np.float32(beta1), np.float32(beta2)
         self.gclip = gclip
 
-    def step(self, grad, sched, iteration):
+    def norm(self, grad):
+        return float(np.sqrt(np.sum((grad * grad).astype(np.float64))))
+
+    def step(self, grad, sched, iteration, norm):
         one, sched = np.float32(1), np.float32(sched)
         g = grad
-        if self.gclip > 0:
-            norm = np.sqrt(np.sum((grad * grad).astype(np.float64)))
-            if norm > self.gclip:
-                g = grad * np.float32(self.gclip / norm)
+        if 0 < self.gclip < norm:
+            g = grad * np.float32(self.gclip / norm)
         a1 = self.alpha * sched / (one - self.beta1 ** np.float32(iteration))
         a2 = one / (one - self.beta2 ** np.float32(iteration))
         self.m[:] = self.beta1 * self.m + (one - self.beta1) * g
         self.v[:] = self.beta2 * self.v + (one - self.beta2) * g * g
         shrink = one - self.decay * self.alpha * sched
         self.x[:] = self.x * shrink - self.m * a1 / (np.sqrt(self.v * a2) + np.float32(1e-8))
+        grad[:] = 0

@@ -181,7 +181,7 @@ def test_the_run_is_the_rules_written_out():
         for _ in range(2):
             batch = batches.next()
             bowl(batch.inputs, batch.targets, 0.5)
-        plain.step(grad, schedule(iteration - 1), iteration)
+        plain.step(grad, schedule(iteration - 1), iteration, plain.norm(grad))
     assert x.any()
     assert np.array_equal(b.x, x)
     assert np.array_equal(b.state.m, plain.m)
