@@ -16,6 +16,7 @@ cdef extern from "team.h" nogil:
 
 cdef extern from "blocks.h" nogil:
     int64_t block_elements(int type)
+    bint has_encoder(int type)
     int64_t row_offset(int type, int64_t n)
 
 cdef extern from "kernels.h" nogil:
@@ -215,6 +216,7 @@ cdef extern from "kernels.h" nogil:
         const char *isa
         int64_t lanes, pairs
         void (*decode_row)(int type, const void *p, int64_t n, float *y) noexcept nogil
+        void (*encode_row)(int type, const float *x, int64_t n, void *y) noexcept nogil
         void (*encode_bf16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         int64_t (*find_invalid)(int type, const void *p, int64_t n) noexcept nogil

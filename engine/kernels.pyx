@@ -152,6 +152,41 @@ def decode(int type_id, const unsigned char[::1] data, int64_t n, isa=None):
     return out
 
 
+def encode(int type_id, const float[::1] x, isa=None):
+    """Store elements by the rules of a type; an infinity or NaN makes its block NaN.
+
+    Parameters
+    ----------
+    type_id : int
+        GGUF type number.
+    x : ndarray of shape (n,), float32
+        A whole number of blocks.
+    isa : str, optional
+        Variant to use; the one in force by default.
+
+    Returns
+    -------
+    ndarray of shape (n_bytes,), uint8
+
+    Raises
+    ------
+    ValueError
+        If the type cannot be written, or `x` is not whole blocks.
+    """
+    cdef const kernels *k = table(isa)
+    cdef int64_t n = x.shape[0]
+    if not has_encoder(type_id):
+        raise ValueError(f"elements of type {type_id} cannot be written")
+    if n % block_elements(type_id):
+        raise ValueError(f"{n} elements are not whole blocks of type {type_id}")
+    out = np.empty(row_offset(type_id, n), np.uint8)
+    cdef unsigned char[::1] y = out
+    if n:
+        with nogil:
+            k.encode_row(type_id, &x[0], n, &y[0])
+    return out
+
+
 def encode_bf16(const float[::1] x, isa=None):
     """Round to the nearest bf16, ties to even; subnormals alike, NaN made quiet. Gives uint16."""
     cdef const kernels *k = table(isa)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.dtypes import BF16, F16, DType
+from engine.dtypes import F16, DType
 from engine.errors import ShapeError
-from engine.kernels import decode, encode_bf16, encode_f16
+from engine.kernels import decode, encode
 from engine.rope import Tables
 from engine.tensor import Tensor
 
@@ -146,12 +146,4 @@ class KVCache:
         turned = heads[..., : cos.shape[-1]]
         swapped = turned.reshape(*turned.shape[:-1], -1, 2)[..., ::-1].reshape(turned.shape)
         turned[...] = turned * cos - swapped * sin
-        return _encoded(self.key_type, x).reshape(n, row_bytes)
-
-
-def _encoded(dtype: DType, x: NDArray[np.float32]) -> Bytes:
-    if dtype is F16:
-        return encode_f16(x).view(np.uint8)
-    if dtype is BF16:
-        return encode_bf16(x).view(np.uint8)
-    return x.view(np.uint8)
+        return encode(self.key_type.id, x).reshape(n, row_bytes)

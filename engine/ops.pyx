@@ -15,7 +15,7 @@ from engine.graph cimport Graph, Node
 from engine.kernels cimport (
     ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, add_args, attention_args,
     attention_back_args, back_packed_bytes, cache_store_args, cross_entropy_args, embed_args,
-    kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args,
+    has_encoder, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args,
     lora_gather_args, lora_outer_args, lora_scatter_args, lora_up_args, op_fn, probe_args,
     rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args, silu_mul_back_args, zero_args,
 )
@@ -527,7 +527,7 @@ cdef class CacheStore(Node):
 
     def __init__(self, Tensor x, Tensor cache, n_past):
         require(x.cols == cache.cols, f"{cache.name}: rows of {cache.cols} meet {x.cols}")
-        require(cache.type in (F32, F16), f"{cache.name}: a cache is F32 or F16")
+        require(has_encoder(cache.type), f"{cache.name}: rows of its type cannot be written")
         self.inputs = (x,)
         self.outputs = (cache,)
 
@@ -540,7 +540,7 @@ cdef class CacheStore(Node):
 
 
 def cache_store(Graph graph, Tensor x, Tensor cache, n_past):
-    """Write x behind row n_past[0] of an F32 or F16 tensor; the caller sees that they fit."""
+    """Write x behind row n_past[0] of a stored matrix; the caller sees that they fit."""
     graph.add(CacheStore, x, cache, n_past)
 
 

@@ -16,6 +16,7 @@ from engine.dtypes import DType
 from tests.formats import Bytes, half, reciprocal
 from tests.formats import decode_row as decode_row
 from tests.formats import encode as encode
+from tests.formats import encode as encode_row
 from tests.formats import encode_bf16 as encode_bf16
 from tests.formats import encode_f16 as encode_f16
 from tests.formats import find_invalid as find_invalid
@@ -187,10 +188,10 @@ def zero(n_rows: int, n_cols: int) -> Floats:
     return np.zeros((n_rows, n_cols))
 
 
-def cache_store(x: ArrayLike, cache: NDArray, n_past: int) -> NDArray:
-    """The cache (float32 or float16) after rows x were appended behind row n_past."""
-    after = cache.copy()
-    after[n_past : n_past + len(np.asarray(x))] = np.asarray(x, f32)
+def cache_store(x: ArrayLike, dtype: DType, cache: Bytes, n_past: int) -> Bytes:
+    """The cache's rows of bytes after rows x were appended behind row n_past."""
+    after, rows = cache.copy(), np.asarray(x, f32)
+    after[n_past : n_past + len(rows)] = encode_row(dtype, rows).reshape(len(rows), -1)
     return after
 
 

@@ -15,6 +15,7 @@
 #include "codes.h"
 
 #include "convert.c"
+#include "encode.c"
 #include "linear.c"
 #include "precision.h"
 #define PRECISION f32

@@ -131,7 +131,7 @@ struct zero_args {
     float *y;
 };
 
-/* Appends n_tokens keys or values of n_cols floats to a cache: row *n_past + t, of type F32 or F16. */
+/* Appends n_tokens keys or values of n_cols floats to a cache: row *n_past + t, of a type that has_encoder. */
 struct cache_store_args {
     int64_t n_tokens, n_cols;
     const float *x;
@@ -259,6 +259,7 @@ struct probe_args {
 enum { PROBE_FMA_FLOPS = 2 * 24 }; /* a step of probe_fma, times the floats of a vector */
 
 typedef void (*decode_row_fn)(int type, const void *p, int64_t n, float *y);
+typedef void (*encode_row_fn)(int type, const float *x, int64_t n, void *y);
 typedef void (*encode_fn)(const float *x, int64_t n, uint16_t *y);
 typedef int64_t (*find_invalid_fn)(int type, const void *p, int64_t n);
 typedef double (*sum_squares_fn)(const float *x, int64_t n);
@@ -268,6 +269,7 @@ struct kernels {
     int64_t lanes; /* floats of a vector */
     int64_t pairs; /* there is a pair product of bf16: 2, on matrix tiles; 1, on vectors; 0, none */
     decode_row_fn decode_row;
+    encode_row_fn encode_row;
     encode_fn encode_bf16, encode_f16;
     find_invalid_fn find_invalid;
     sum_squares_fn sum_squares;

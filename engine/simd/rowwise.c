@@ -147,13 +147,10 @@ static void FN(zero)(const void *p, const struct worker *worker)
 static void FN(cache_store)(const void *p, const struct worker *worker)
 {
     const struct cache_store_args *a = p;
-    int64_t begin, end, size = a->type == TYPE_F16 ? 2 : 4;
+    int type = (int)a->type;
+    int64_t begin, end, row_bytes = row_offset(type, a->n_cols);
     worker_range(worker, a->n_tokens, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++) {
-        char *row = (char *)a->cache + (*a->n_past + t) * a->n_cols * size;
-        if (a->type == TYPE_F16)
-            FN(encode_f16)(a->x + t * a->n_cols, a->n_cols, (uint16_t *)(void *)row);
-        else
-            memcpy(row, a->x + t * a->n_cols, (size_t)a->n_cols * sizeof *a->x);
-    }
+    for (int64_t t = begin; t < end; t++)
+        FN(encode_row)(
+            type, a->x + t * a->n_cols, a->n_cols, (char *)a->cache + (*a->n_past + t) * row_bytes);
 }
