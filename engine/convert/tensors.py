@@ -15,7 +15,7 @@ from engine.dtypes import BF16, F16, F32, Q8_0, DType
 from engine.errors import DataError, EngineError, FormatError
 from engine.kernels import decode, encode_bf16, encode_f16
 
-PIECE_BYTES = 1 << 24  # of the source: what is in memory at a time, with its copies
+PIECE_BYTES = 1 << 22  # of the source: what is in memory at a time, with its copies
 
 _LAYER = {
     "input_layernorm": "attn_norm",

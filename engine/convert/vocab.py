@@ -109,11 +109,14 @@ def _from_sentencepiece(
     for token, piece in enumerate(pieces[:n_vocab]):
         table.put(token, *piece)
     table.add(added_tokens(files), path, warn)
-    keys = table.keys("llama", "default")
+    return table, table.keys("llama", "default") + _prefix_key(files)
+
+
+def _prefix_key(files: Files) -> list[Key]:
     prefix = files.tokenizer_config.get("add_prefix_space")
-    if isinstance(prefix, bool):
-        keys.append(("tokenizer.ggml.add_space_prefix", ValueType.BOOL, prefix))
-    return table, keys
+    if not isinstance(prefix, bool):
+        return []
+    return [("tokenizer.ggml.add_space_prefix", ValueType.BOOL, prefix)]
 
 
 def _read_pieces(path: Path) -> list[tuple[str, float, TokenType]]:
@@ -167,7 +170,7 @@ def _from_json(path: Path, n_vocab: int, files: Files, warn: Warn) -> tuple[_Tab
     if files.tokenizer.get("normalizer"):
         kind = files.tokenizer["normalizer"].get("type", "?")
         warn(f"{path}: normalizer {kind} is not applied by the engines")
-    keys = table.keys("gpt2", name)
+    keys = table.keys("gpt2", name) + _prefix_key(files)
     # A space inside would read as the separator: as a mapped byte it is another character.
     lines = [" ".join(side.replace(" ", "\u0120") for side in pair) for pair in merges]
     keys.append(("tokenizer.ggml.merges", _STRINGS, lines))

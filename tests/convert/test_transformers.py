@@ -122,7 +122,7 @@ def test_a_converted_model_gives_the_same_logits_and_the_same_greedy_text(tmp_pa
     tokens = rng.integers(0, N_VOCAB, 48).tolist()
     with torch.no_grad():
         expected = original(torch.tensor([tokens])).logits[0].numpy()
-    context = Context(model, 64, n_threads=1, cache_type=F32)
+    context = Context(model, 64, n_threads=1, cache_types=(F32, F32), bf16="exact")
     got = logits_of(context, tokens)
     # Weights are the same; float32 sums in another order and float32 angles there differ.
     spread = expected.std()
@@ -135,7 +135,7 @@ def test_a_converted_model_gives_the_same_logits_and_the_same_greedy_text(tmp_pa
             torch.tensor([tokens[:5]]), max_new_tokens=16, do_sample=False, pad_token_id=0,
             eos_token_id=None,
         )[0, 5:].tolist()  # fmt: skip
-    context = Context(model, 64, n_threads=1, cache_type=F32)
+    context = Context(model, 64, n_threads=1, cache_types=(F32, F32), bf16="exact")
     scores = logits_of(context, tokens[:5])[-1]
     assert len(written) == 16
     for token in written:  # the best here, too, but for ties within the tolerance
