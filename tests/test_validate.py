@@ -18,6 +18,11 @@ from tests import reference
 
 TYPES = list(dtypes.BY_ID.values())
 N_ROWS = 7
+# Bytes of a block at which its half-precision fields stand; 0 for the types not named.
+PLACES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
+    "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 
 
 def stored(rng: np.random.Generator, dtype: DType, n_blocks: int = 3) -> np.ndarray:
@@ -63,6 +68,28 @@ def test_every_type_is_looked_at(tmp_path, rng, dtype, monkeypatch):
     assert sum(seen) == file.tensors["a"].n_bytes
     if dtype.block == 1:
         assert [f.what for f in faults] == ["NaN", "infinite value", "infinite value"]
+
+
+BLOCK_TYPES = [t for t in TYPES if t.block > 1]
+
+
+@pytest.mark.parametrize("dtype", BLOCK_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_each_field_of_a_block_and_nothing_else_is_looked_at(tmp_path, rng, dtype, value):
+    places = PLACES.get(dtype.name, (0,))
+    rows = rng.integers(0, 256, (N_ROWS, 3 * dtype.block_bytes), np.uint8)
+    for block in range(3):
+        for place in places:
+            start = block * dtype.block_bytes + place
+            rows[:, start : start + 2] = np.float16([0.5]).view(np.uint8)
+    sound = read_gguf(written(tmp_path / "sound.gguf", {"a": (dtype, rows)}))
+    assert list(find_faults(sound)) == []
+    for row, place in enumerate(places):
+        start = 2 * dtype.block_bytes + place
+        rows[row, start : start + 2] = np.float16([value]).view(np.uint8)
+    bad = read_gguf(written(tmp_path / "bad.gguf", {"a": (dtype, rows)}))
+    found = [(f.row, f.element) for f in find_faults(bad)]
+    assert found == [(row, 2 * dtype.block) for row in range(len(places))]
 
 
 def test_a_tensor_without_sizes_is_one_row(tmp_path):
