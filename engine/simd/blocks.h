@@ -165,7 +165,8 @@ static inline int64_t row_offset(int type, int64_t n)
 static inline int has_encoder(int type)
 {
     return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 || type == TYPE_Q4_0 ||
-        type == TYPE_Q4_1 || type == TYPE_Q5_0 || type == TYPE_Q5_1 || type == TYPE_Q8_0;
+        type == TYPE_Q4_1 || type == TYPE_Q5_0 || type == TYPE_Q5_1 || type == TYPE_Q8_0 ||
+        type == TYPE_IQ4_NL;
 }
 
 /* Whether a type meets activations rounded to bytes (gemv.c has its dot product). */

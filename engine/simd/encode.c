@@ -104,6 +104,36 @@ V_INLINE void encode_affine(const float *x, int top, uint8_t *p)
     put_codes(code, p + (top == 31 ? 8 : 4), top == 31 ? p + 4 : NULL);
 }
 
+static const float FN(iq4_value)[] = {
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/* The code of the value next to x, the upper one of two. */
+V_INLINE uint8_t nearest_iq4(float x)
+{
+    const float *value = FN(iq4_value);
+    uint8_t code = 0;
+    while (code < 15 && x - value[code] >= value[code + 1] - x)
+        code++;
+    return code;
+}
+
+/* The scale of least squares, weighted by x^2, for the codes that the largest element's scale gives. */
+V_INLINE void encode_iq4_nl(const float *x, uint8_t *p)
+{
+    struct extremes e = extremes_of(x);
+    int some = e.finite && fabsf(e.largest) >= 1e-15f;
+    float inverse = some ? 1.0f / (e.largest / -127.0f) : 0.0f, product = 0, square = 0;
+    uint8_t code[QUANT_BLOCK];
+    for (int i = 0; i < QUANT_BLOCK; i++) {
+        code[i] = nearest_iq4(some ? x[i] * inverse : 0.0f);
+        float q = FN(iq4_value)[code[i]], w = some ? x[i] * x[i] : 0.0f;
+        product += w * q * x[i];
+        square += w * q * q;
+    }
+    put_half(p, some ? product / square : e.finite ? 0.0f : NAN);
+    put_codes(code, p + 2, NULL);
+}
+
 V_INLINE void encode_block(int type, const float *x, uint8_t *p)
 {
     switch (type) {
@@ -118,6 +148,9 @@ V_INLINE void encode_block(int type, const float *x, uint8_t *p)
         break;
     case TYPE_Q5_1:
         encode_affine(x, 31, p);
+        break;
+    case TYPE_IQ4_NL:
+        encode_iq4_nl(x, p);
         break;
     default:
         encode_q8_0(x, p);
