@@ -80,7 +80,7 @@ def test_iq4_nl_is_stored_without_a_search(
 
 @by_block_type
 def test_what_is_stored_again_stays(isa: str, dtype: DType, rng: np.random.Generator) -> None:
-    """Decoded blocks come back as they are, up to the scale's rounding; IQ4_NL's scale fits anew."""
+    """Blocks come back as they are, up to the scale's rounding; IQ4_NL's fits anew."""
     x = inputs(rng)
     once = kernels.decode(dtype.id, kernels.encode(dtype.id, x, isa), len(x), isa)
     twice = kernels.decode(dtype.id, kernels.encode(dtype.id, once, isa), len(x), isa)
