@@ -323,19 +323,37 @@ class _Job:
         return planned_memory(trainer) + forward
 
     def _trainer(self, model: Model, adapter: Adapter, n_ctx: int) -> Trainer:
+        from engine.training.memory_plan import fastest_plan
+        from engine.training.resources import memory_in_use
         from engine.training.trainer import Trainer
 
         options = self.options
-        try:
+        n_layer = model.hparams.n_layer
+
+        def make(kept_layers: int) -> Trainer:
             return Trainer(
                 model,
                 adapter,
                 self._n_rows,
                 n_ctx,
-                checkpointing=options.use_checkpointing,
+                kept_layers=kept_layers,
                 n_threads=self._threads(),
                 compute=options.compute,
             )
+
+        try:
+            if options.memory_limit is None:
+                return make(0 if options.use_checkpointing else n_layer)
+            lower = f"--batch ({options.batch}), --ctx ({n_ctx}) or --lora-r ({options.lora_r})"
+            trainer, plan = fastest_plan(
+                make,
+                n_layer,
+                options.memory_limit,
+                lambda trainer: memory_in_use() + self._planned(model, trainer),
+                lower,
+            )
+            self.lines.say(f"main: memory plan: {plan.text()}")
+            return trainer
         except MemoryError:
             raise EngineError(
                 f"training needs more memory than the system gives; lower --batch"
@@ -360,11 +378,15 @@ class _Job:
         n_opt_bytes = state.m.nbytes + state.v.nbytes + state.past_losses.nbytes
         lines.say_bytes("opt_size ", n_opt_bytes)
         lines.say(f"main: opt iter {state.opt_iteration}")
+        limited = options.memory_limit is not None
+        if limited:  # what the data take counts; else lines come in the original's order
+            data.load(model, n_ctx)
         trainer = self._trainer(model, adapter, n_ctx)
         lines.say_bytes("input_size", trainer.input_bytes)
         lines.say_bytes("compute_size", trainer.memory_bytes)
         lines.say("main: evaluation order = LEFT_TO_RIGHT")
-        data.load(model, n_ctx)
+        if not limited:
+            data.load(model, n_ctx)
         batches = data.batches(state, self.seed)
         if options.show_sample:
             data.tell_sample()

@@ -16,6 +16,7 @@ from .options import (
     in_group,
     real,
     seed,
+    size,
     text,
     whole,
 )
@@ -66,6 +67,7 @@ class FinetuneOptions:
     force_reshuffle: bool
     use_flash: bool
     use_checkpointing: bool
+    memory_limit: int | None
     compute: str
     warmup: int
     cos_decay_steps: int
@@ -202,6 +204,10 @@ _RUN = in_group(
           "compute activations again in the backward pass; saves memory, changes no result "
           "(default)", on=True),
     _flag("--no-checkpointing", "use_checkpointing", "keep all activations", False, on=True),
+    Option(("--memory-limit",), "memory_limit",
+           "memory that the run may take besides the model's mapped file, as 800M or 2G: as many "
+           "layers as fit keep their activations, the others compute them again; changes no result",
+           (size(),), shown_default="none"),
     _flag("--use-flash", "use_flash", "accepted, without effect"),
     _flag("--no-flash", "use_flash", "accepted, without effect", False),
     _flag("--dry-run", "dry_run",
@@ -360,6 +366,11 @@ def parse(arguments: Sequence[str]) -> tuple[FinetuneOptions, Parsed]:
 
 def _check_together(options: FinetuneOptions) -> None:
     given = options.given
+    if options.memory_limit is not None and "use_checkpointing" in given:
+        raise OptionError(
+            "--memory-limit: it chooses what is computed again; leave out --use-checkpointing and"
+            " --no-checkpointing"
+        )
     if options.val_data and options.val_split:
         raise OptionError("--val-split: --val-data is given too; give one of the two")
     if not (options.val_data or options.val_split):

@@ -23,6 +23,7 @@ from engine.errors import OptionError
 FLOAT_MAX = 3.4028234663852886e38
 MAX_THREADS = 512
 INT_MIN, INT_MAX, SEED_MAX = -(2**31), 2**31 - 1, 2**32 - 1
+SIZE_MAX = 2**40
 
 # Commands with a table, which is in `engine.tools.NAME_options`, with underscores for hyphens.
 COMMANDS = (
@@ -41,6 +42,7 @@ _REAL = re.compile(
     r"\s*[+-]?(?:inf(?:inity)?|nan|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.IGNORECASE
 )
 
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 HELP_COLUMN = 34
 WIDTH = 100
 
@@ -172,6 +174,20 @@ def real(
         return within(value)
 
     return Value(metavar, _convert_real, problem)
+
+
+def size(metavar: str = "SIZE") -> Value:
+    """Make a number of bytes, 1 at least; K, M or G behind it count in powers of 1024."""
+    convert = _convert_whole(1, SIZE_MAX)
+
+    def with_unit(argument: str) -> tuple[int, str]:
+        value, rest = convert(argument)
+        unit = rest[:1].upper()
+        if not unit or unit not in _UNITS:
+            return value, rest
+        return value * _UNITS[unit], rest[1:]
+
+    return Value(metavar, with_unit)
 
 
 def text(metavar: str) -> Value:

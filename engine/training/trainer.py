@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engine import ops
 from engine.autograd import backward
 from engine.errors import DataError, OptionError
-from engine.graph import Graph
+from engine.graph import Graph, Node
 from engine.kernels import has_pairs, prefers_pairs
 from engine.llama import AdapterTensors, Builder
 from engine.lora import Adapter
@@ -42,6 +42,8 @@ class _Pass:
         Factor of the gradient of the losses' sum.
     losses : list of Tensor
         Rows' losses, a tensor a block of tokens.
+    flops, repeated_flops : int
+        See `Trainer`.
     """
 
     def __init__(
@@ -79,10 +81,13 @@ class _Pass:
         hidden = builder.hidden()
         forward = list(graph.nodes)
         dhidden = self._head(builder, hidden, gradients)
+        n_once = len(graph.nodes)
         if dhidden is not None:
             # The last layers: their activations have gone before others are computed again.
             kept = range(h.n_layer - kept_layers, h.n_layer)
             backward(graph, forward, {hidden: dhidden}, checkpointing, kept)
+        again = [node for node in graph.nodes[n_once:] if isinstance(node, ops.Linear)]
+        self.flops, self.repeated_flops = _product_flops(graph.nodes), _product_flops(again)
         graph.plan()
 
     def _head(self, builder: Builder, hidden: Tensor, gradients: bool) -> Tensor | None:
@@ -160,8 +165,8 @@ class Trainer:
     memory_bytes, input_bytes, work_bytes : int
         Planned: activations, the batch, and the threads' working space.
     n_threads : int
-    flops : int
-        Of the products with weights that a run takes, those done again among them.
+    flops, repeated_flops : int
+        Of the products with weights that a run takes; and of those what is computed again.
 
     Raises
     ------
@@ -195,7 +200,8 @@ class Trainer:
         self.memory_bytes = self._training.graph.arena_bytes
         self.work_bytes = self._training.graph.scratch_bytes
         self.input_bytes = self._training.ids.nbytes + self._training.targets.nbytes
-        self.flops = _product_flops(self._training.graph)
+        self.flops = self._training.flops
+        self.repeated_flops = self._training.repeated_flops
 
     def _parameters(self, adapter: Adapter) -> dict[str, AdapterTensors]:
         tensors = {}
@@ -312,8 +318,8 @@ def _ignored(_begin: int, _end: int) -> None:
     pass
 
 
-def _product_flops(graph: Graph) -> int:
-    """Multiplications and additions of all products with stored weights."""
-    products = (node for node in graph.nodes if isinstance(node, ops.Linear | ops.LinearBack))
+def _product_flops(nodes: Sequence[Node]) -> int:
+    """Multiplications and additions of products with stored weights."""
+    products = (node for node in nodes if isinstance(node, ops.Linear | ops.LinearBack))
     sizes = ((node.inputs[0].rows, *node.inputs[1].shape) for node in products)
     return sum(2 * n * rows * cols for n, rows, cols in sizes)

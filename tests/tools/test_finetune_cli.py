@@ -40,6 +40,7 @@ DEFAULTS = {
     "use_flash": False,
     "use_checkpointing": True,
     "compute": "auto",
+    "memory_limit": None,
     "warmup": 100,
     "cos_decay_steps": 1000,
     "cos_decay_restart": 1.1,
@@ -207,7 +208,22 @@ def test_every_default_is_the_documented_one():
 def test_the_expectations_cover_every_spelling():
     validation = {"--val-split", "--eval-every", "--early-stop"}
     expected = {*FLAGS, *TEXTS, *NUMBERS, *FRACTIONS, *validation, "-h", "--help", "--compute"}
+    expected.add("--memory-limit")
     assert {name for row in TABLE.rows for name in row.spellings} == expected
+
+
+@pytest.mark.parametrize(
+    "text, n_bytes",
+    [("7", 7), ("3k", 3 << 10), ("800M", 800 << 20), ("2G", 2 << 30), ("2g", 2 << 30)],
+)
+def test_a_size_may_have_a_unit(text, n_bytes):
+    assert options("--memory-limit", text).memory_limit == n_bytes
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2GB", "1.5G", "G", "99999999999999999999"])
+def test_a_size_that_cannot_be_is_refused(text):
+    with pytest.raises(OptionError, match="--memory-limit"):
+        options("--memory-limit", text)
 
 
 def both_spellings(names):

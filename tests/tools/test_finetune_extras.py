@@ -594,3 +594,73 @@ def test_a_save_that_works_again_is_all_that_counts(train, monkeypatch):
     assert err.count("warning: ") == 2
     assert tries == ["chk-2.gguf", "chk-LATEST.gguf", "chk-4.gguf", "chk-LATEST.gguf"]
     assert read_checkpoint("chk-LATEST.gguf").state.opt_iteration == 4
+
+
+# ---------------------------------------------------------------- the same bytes whatever the way
+
+
+def plan_of(out: str) -> str:
+    return re.search(r"^main: memory plan: (.*)$", out, re.MULTILINE).group(1)
+
+
+def limits(train) -> dict[str, str]:
+    """Limits under which each kind of plan is chosen, found by asking for too little."""
+    status, _, err = train("--memory-limit", "1K", "--dry-run")
+    assert status == 1
+    least = float(re.search(r"takes ([\d.]+) MB at the least", err).group(1))
+    return {f"{int(1024 * (least + extra))}K": kind for extra, kind in PLANS}
+
+
+PLANS = [
+    (0.5, "checkpointing of every layer, "),
+    (2.2, "activations of 1 of 2 layers kept, "),
+    (100, "no checkpointing, "),
+]
+
+
+def test_threads_checkpoints_and_plans_change_no_byte(train, folder, monkeypatch):
+    # Memory in use differs from run to run; here it is what the plan adds that counts.
+    monkeypatch.setattr(resources, "memory_in_use", lambda: 0)
+    shape = ["--adam-iter", "3", "--batch", "4", "--ctx", "64"]
+    ways = [["--threads", n] for n in "123"]
+    ways += [["--no-checkpointing", "--threads", n] for n in "13"]
+    found = set()
+    for limit, kind in limits(lambda *a: train(*shape, *a)).items():
+        ways.append(["--memory-limit", limit])
+        status, out, _ = train(*shape, "--memory-limit", limit, "--dry-run")
+        assert status == 0
+        assert plan_of(out).startswith(kind)
+        found.add(plan_of(out))
+    assert len(found) == 3
+    expected = None
+    for way in ways:
+        assert train(*shape, *way)[0] == 0
+        files = [Path(name).read_bytes() for name in ("chk-3.gguf", "lora-3.bin")]
+        expected = expected or files
+        assert files == expected, way
+
+
+def test_a_run_resumed_with_other_threads_and_memory_gives_the_bytes_of_a_whole_one(train, folder):
+    assert train("--adam-iter", "4", "--save-every", "2", "--threads", "2")[0] == 0
+    adapter, state = Path("lora-4.bin").read_bytes(), read_checkpoint("chk-4.gguf").state
+    options = ["--adam-iter", "2", "--checkpoint-in", "chk-2.gguf", "--threads", "3"]
+    assert train(*options, "--memory-limit", "4G")[0] == 0
+    assert Path("lora-4.bin").read_bytes() == adapter
+    resumed = read_checkpoint("chk-4.gguf").state
+    assert np.array_equal(resumed.m, state.m) and np.array_equal(resumed.v, state.v)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--memory-limit", "1M"], "this run takes"),
+        (["--memory-limit", "0"], "a whole number from 1"),
+        (["--memory-limit", "2T"], "'T' stands after 2"),
+        (["--memory-limit", "2G", "--no-checkpointing"], "leave out --use-checkpointing and"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused(train, folder, arguments, message):
+    status, _, err = train(*arguments)
+    assert status == 1
+    assert err.startswith("error: ") and "--memory-limit" in err and message in err
+    assert written(folder) == set()

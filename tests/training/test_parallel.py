@@ -133,6 +133,8 @@ def test_kept_layers_change_no_bit_of_the_gradient(model, rng):
         assert np.array_equal(trainer.grad, trainers[0].grad)
     flops = [trainer.flops for trainer in trainers]
     assert flops[0] > flops[1] > flops[2] == flops[3]
+    repeated = [trainer.repeated_flops for trainer in trainers]
+    assert [a - b for a, b in zip(flops, repeated, strict=True)] == [flops[3]] * 4
 
 
 # ---------------------------------------------------------------- the same as one process
