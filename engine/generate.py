@@ -62,14 +62,16 @@ class Evaluator(Protocol):
 class TokenSampler(Protocol):
     """The part of `engine.sampling.Sampler` that generation needs."""
 
-    def accept(self, token: int) -> None:
-        """Push a token into the history that penalties look at."""
+    def accept(self, token: int, chosen: bool = False) -> None:
+        """Push a token into the history of penalties; a grammar goes on with chosen ones."""
 
     def reset(self) -> None:
-        """Forget that history."""
+        """Forget that history, and begin the grammar anew."""
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """Choose a token."""
+    def sample(
+        self, logits: NDArray[np.float32], guidance: NDArray[np.float32] | None = None
+    ) -> int:
+        """Choose a token, led away from what the guidance finds likely."""
 
 
 class Drafter(Protocol):
@@ -168,7 +170,7 @@ def kept_positions(n_keep: int, n_prompt: int, *, add_bos: bool) -> int:
     return n_keep + add_bos
 
 
-def check_prompt_fits(n_prompt: int, n_ctx: int) -> None:
+def check_prompt_fits(n_prompt: int, n_ctx: int, what: str = "prompt") -> None:
     """Refuse a prompt that leaves no room in the context.
 
     Raises
@@ -178,7 +180,61 @@ def check_prompt_fits(n_prompt: int, n_ctx: int) -> None:
     """
     longest = n_ctx - PROMPT_RESERVE
     if n_prompt > longest:
-        raise ShapeError(f"prompt is too long ({n_prompt} tokens, max {longest})")
+        raise ShapeError(f"{what} is too long ({n_prompt} tokens, max {longest})")
+
+
+class Guidance:
+    """A second context: a negative prompt in place of the prompt, then the same tokens.
+
+    Parameters
+    ----------
+    context : Evaluator
+        Empty.
+    prompt : sequence of int
+        The negative prompt: at least one token.
+    n_replaced : int
+        Tokens of the prompt that it stands for.
+
+    Attributes
+    ----------
+    tokens : list of int
+        All that the context holds or is to hold.
+
+    Raises
+    ------
+    ShapeError
+        If the negative prompt does not fit into the context.
+    """
+
+    def __init__(self, context: Evaluator, prompt: Sequence[int], n_replaced: int) -> None:
+        check_prompt_fits(len(prompt), context.n_ctx, "negative prompt")
+        self.tokens = list(prompt)
+        self._context = context
+        self._n_prompt = len(prompt)
+        self._n_replaced = n_replaced
+
+    def evaluate(self) -> NDArray[np.float32]:
+        """Evaluate what is pending; returns the logits of the last token."""
+        return self._context.evaluate(self.tokens[self._context.n_past :])
+
+    def has_room(self) -> bool:
+        """Whether the tokens leave a position of the context free."""
+        return len(self.tokens) < self._context.n_ctx
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """Drop as much as the first context, which keeps `n_keep` positions."""
+        n_behind = n_keep - self._n_replaced
+        kept = self._n_prompt + n_behind if n_behind >= 0 else min(n_keep, self._n_prompt)
+        dropped = min(n_discard, self._context.n_past - kept)
+        if dropped > 0:
+            self._context.shift(kept, dropped)
+            del self.tokens[kept : kept + dropped]
+
+    def rewind(self, n_dropped: int) -> None:
+        """Drop the last tokens; the one before them is evaluated again if they were."""
+        del self.tokens[max(0, len(self.tokens) - n_dropped) :]
+        if self._context.n_past > len(self.tokens):
+            self._context.truncate(max(0, len(self.tokens) - 1))
 
 
 class Generation:
@@ -203,7 +259,9 @@ class Generation:
     drafter : Drafter, optional
         Guesses tokens, which are then evaluated together. Those that are not what the sampler
         chooses are dropped, so the text is the same, if an evaluation of several tokens gives the
-        same bits as one of each.
+        same bits as one of each. None is asked where there is guidance.
+    guidance : Guidance, optional
+        What the sampler leads away from.
 
     Attributes
     ----------
@@ -237,6 +295,7 @@ class Generation:
         n_keep: int = 0,
         n_cached: int = 0,
         drafter: Drafter | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         check_prompt_fits(len(prompt), context.n_ctx)
         self.timings = Timings()
@@ -254,7 +313,10 @@ class Generation:
         # Guesses that are evaluated but not confirmed, and the logits behind each.
         self._draft: deque[tuple[int, NDArray[np.float32]]] = deque()
         self._n_evaluated = n_cached
+        self._guidance: Guidance | None = None
+        self._guidance_logits: NDArray[np.float32] | None = None
         self.feed(prompt)
+        self._guidance = guidance  # which has a prompt of its own
 
     def __iter__(self) -> Iterator[int]:
         """Make tokens until one ends the text, there are enough, or the context is full.
@@ -291,8 +353,8 @@ class Generation:
             return None
         assert self._logits is not None
         began = perf_counter()
-        token = self._sampler.sample(self._logits)
-        self._sampler.accept(token)
+        token = self._sampler.sample(self._logits, self._guidance_logits)
+        self._sampler.accept(token, chosen=True)
         self.timings.sampling.add(perf_counter() - began, 1)
         self.remaining -= 1
         self._append([token])
@@ -325,6 +387,8 @@ class Generation:
             self._draft.extend(zip(draft, behind, strict=True))
         else:
             self._logits = self._context.evaluate(pending)
+        if self._guidance is not None:
+            self._guidance_logits = self._guidance.evaluate()
         self._n_evaluated += len(pending)
         phase = self.timings.prompt if self._is_prompt(pending) else self.timings.evaluation
         phase.add(perf_counter() - began, len(pending))
@@ -333,6 +397,8 @@ class Generation:
     def rewind(self, n_tokens: int) -> None:
         """Drop all tokens but the first `n_tokens`; the sampler's history stays as it is."""
         self._forget_draft()
+        if self._guidance is not None:
+            self._guidance.rewind(max(0, len(self.tokens) - n_tokens))
         del self.tokens[n_tokens:]
         if self._n_evaluated > n_tokens:
             # The logits of the last token are gone: it is evaluated again.
@@ -349,12 +415,14 @@ class Generation:
         self.tokens += tokens
         if self._drafter is not None:
             self._drafter.extend(tokens)
+        if self._guidance is not None:
+            self._guidance.tokens += tokens
 
     def _is_prompt(self, pending: Sequence[int]) -> bool:
         return len(pending) > 1 or len(self.tokens) == 1
 
     def _guess(self) -> list[int]:
-        if self._drafter is None or not self._context.shifts:
+        if self._drafter is None or self._guidance is not None or not self._context.shifts:
             return []  # positions that are grouped in between would differ
         room = self._context.n_ctx - self._context.n_past - 2
         wanted = self.remaining - 1 if self.remaining >= 0 else room
@@ -377,10 +445,13 @@ class Generation:
 
     def _make_room(self, n_new: int) -> bool:
         """Shift a context that is full; False where the run is to end instead."""
-        context = self._context
+        context, guidance = self._context, self._guidance
         if not context.shifts:
-            return context.n_past + n_new <= context.n_ctx
-        while context.n_past + n_new >= context.n_ctx:
+            is_guided = guidance is None or guidance.has_room()
+            return context.n_past + n_new <= context.n_ctx and is_guided
+        while context.n_past + n_new >= context.n_ctx or not (
+            guidance is None or guidance.has_room()
+        ):
             if self.n_predict == UNTIL_CONTEXT_FULL:
                 return False
             n_discard = (context.n_past - self.n_keep) // 2
@@ -390,6 +461,8 @@ class Generation:
                     f"{self.n_keep} are kept; give a larger one with -c, or keep less"
                 )
             context.shift(self.n_keep, n_discard)
+            if guidance is not None:
+                guidance.shift(self.n_keep, n_discard)
             del self.tokens[self.n_keep : self.n_keep + n_discard]
             self._n_evaluated -= n_discard
             self.n_whole = self.n_keep if self.n_whole is None else min(self.n_whole, self.n_keep)

@@ -8,6 +8,7 @@ import pytest
 from engine.errors import DataError, ShapeError
 from engine.generate import (
     Generation,
+    Guidance,
     StopReason,
     check_prompt_fits,
     context_size,
@@ -60,16 +61,20 @@ class ScriptedSampler:
     def __init__(self, script=()) -> None:
         self.script = list(script)
         self.accepted: list[int] = []
+        self.chosen: list[int] = []
         self.logits: list[np.ndarray] = []
+        self.guidance: list[np.ndarray | None] = []
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int, chosen: bool = False) -> None:
         self.accepted.append(token)
+        self.chosen += [token] * chosen
 
     def reset(self) -> None:
         self.accepted.clear()
 
-    def sample(self, logits) -> int:
+    def sample(self, logits, guidance=None) -> int:
         self.logits.append(logits)
+        self.guidance.append(guidance)
         return self.script.pop(0) if self.script else len(self.accepted) % (N_VOCAB - 1)
 
 
@@ -88,6 +93,7 @@ def test_prompt_and_tokens_enter_the_history_once_each():
     sampler = ScriptedSampler([3, 1, 4])
     list(generation(FakeContext(64), sampler, [9, 8], n_predict=3))
     assert sampler.accepted == [9, 8, 3, 1, 4]
+    assert sampler.chosen == [3, 1, 4]
 
 
 def test_the_last_token_is_not_evaluated():
@@ -255,3 +261,54 @@ def test_context_sizes_are_whole_grains(wanted, chosen):
 )  # fmt: skip
 def test_kept_positions_follow_the_original(n_keep, add_bos, kept):
     assert kept_positions(n_keep, 10, add_bos=add_bos) == kept
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def test_the_second_context_reads_the_negative_prompt_and_then_the_same_tokens():
+    first, second, sampler = FakeContext(64), FakeContext(64), ScriptedSampler([3, 1, 4])
+    guidance = Guidance(second, [5, 6, 7], 2)
+    list(generation(first, sampler, [9, 8], n_predict=3, guidance=guidance))
+    assert (first.held, second.held) == ([9, 8, 3, 1], [5, 6, 7, 3, 1])
+    given = [int(np.argmax(logits)) for logits in sampler.guidance if logits is not None]
+    assert given == [3, 4, 5]
+
+
+@pytest.mark.parametrize("n_negative", [1, 2, 5, 11])
+@pytest.mark.parametrize("n_keep", [0, 1, 3, 4])
+def test_both_contexts_drop_the_same_tokens_when_either_is_full(n_negative, n_keep):
+    first, second, sampler = FakeContext(16), FakeContext(16), ScriptedSampler()
+    guidance = Guidance(second, [14] * n_negative, 3)
+    run = generation(first, sampler, [13, 12, 11], n_predict=60, n_keep=n_keep, guidance=guidance)
+    made = list(run)
+    assert len(made) == 60
+    n_kept = min(n_keep, 3)
+    assert first.held[:n_kept] == [13, 12, 11][:n_kept]
+    n_kept = n_negative if n_keep >= 3 else min(n_keep, n_negative)
+    assert second.held[:n_kept] == [14] * n_kept
+    assert second.held[-1] == first.held[-1] == made[-2]
+
+
+def test_with_guidance_a_run_until_the_context_is_full_ends_when_either_is():
+    guidance = Guidance(FakeContext(16), [1] * 10, 1)
+    run = generation(FakeContext(16), ScriptedSampler(), [1], n_predict=-2, guidance=guidance)
+    assert len(list(run)) == 6
+    assert run.stopped is StopReason.CONTEXT_FULL
+
+
+def test_what_is_fed_and_taken_back_enters_and_leaves_both_contexts():
+    first, second, sampler = FakeContext(64), FakeContext(64), ScriptedSampler([3, 1, 4])
+    run = generation(first, sampler, [9, 8], guidance=Guidance(second, [5, 6, 7], 2))
+    assert run.step() == 3
+    run.feed([10, 11])
+    assert run.step() == 1
+    assert (first.held, second.held) == ([9, 8, 3, 10, 11], [5, 6, 7, 3, 10, 11])
+    run.rewind(3)
+    assert run.step() == 4
+    assert (first.held, second.held) == ([9, 8, 3], [5, 6, 7, 3])
+
+
+def test_a_negative_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(ShapeError, match=r"negative prompt is too long \(13 tokens, max 12\)"):
+        Guidance(FakeContext(16), [1] * 13, 1)

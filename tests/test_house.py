@@ -42,6 +42,7 @@ ORDER = [
     "kvcache",
     "llama",
     "lora",
+    "grammar",
     "sampling",
     "model",
     "lookup",

@@ -19,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.errors import DataError, OptionError, ShapeError
+from engine.grammar import GrammarMatcher, TokenTable, parse_grammar
 from engine.sampling import RANDOM_SEED, Sampler, SamplingParams, describe, sampler_order
 
 F = np.float32
@@ -189,7 +190,7 @@ class Reference:
         u = min((low + high * 2.0**32) / 2.0**64, np.nextafter(1.0, 0.0))
         return int(np.searchsorted(partial, u, side="left"))
 
-    @np.errstate(over="ignore")  # an infinite k keeps everything, as in C
+    @np.errstate(all="ignore")  # a k that is infinite or no number keeps everything, as in C
     def cut_by_zipf(self) -> None:
         p = self.c.p[:100]
         i = np.arange(p.size - 1)
@@ -562,6 +563,77 @@ def test_guidance_leads_away_from_what_it_finds_likely() -> None:
 def test_a_forced_token_is_forced_under_guidance_too() -> None:
     sampler = Sampler(replace(OFF, cfg_scale=3.0, logit_bias={2: np.inf}), 4)
     assert {sampler.sample(np.zeros(4, F), np.zeros(4, F)) for _ in range(5)} == {2}
+
+
+LETTERS = TokenTable([bytes([i]) for i in b"abcdefghijklmnopqrstuvwxyz"] + [b"</s>"], [26])
+
+
+def ruled(grammar: str, **settings: Any) -> Sampler:
+    matcher = GrammarMatcher(parse_grammar(grammar), LETTERS)
+    return Sampler(replace(OFF, **settings), 27, grammar=matcher)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mirostat": 1}, {"mirostat": 2}, *SETTINGS.values()])
+def test_a_token_that_breaks_the_grammar_is_drawn_again_among_those_that_do_not(
+    settings: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """The reference draws twice: from all, then from what the grammar leaves, penalties and all."""
+    settings = {"penalty_repeat": 1.3, "logit_bias": {4: 1.0}, **settings}
+    sampler = ruled("root ::= [a-f]* [x-z]*", **settings)
+    reference = Reference(replace(OFF, **settings), 27)
+    allowed, n_second = np.array([*range(6), 23, 24, 25, 26]), 0
+    for _ in range(25):
+        logits = random_logits(rng, 27)
+        expected = reference.sample(logits)
+        if expected not in allowed:
+            n_second += 1
+            masked = np.full(27, -np.inf, F)
+            masked[allowed] = logits[allowed]
+            expected = reference.sample(masked)
+        token = sampler.sample(logits)
+        assert token == expected
+        if token == 26:
+            break
+        sampler.accept(token, chosen=True)
+        reference.accept(token)
+        if token >= 23:
+            allowed = np.array([23, 24, 25, 26])
+    assert n_second > 0 or token == 26
+
+
+def test_tokens_of_the_prompt_are_not_the_grammars() -> None:
+    sampler = ruled('root ::= "ab"', temp=0.0)
+    sampler.accept(25)
+    assert sampler.sample(np.zeros(27, F)) == 0
+    sampler.accept(0, chosen=True)
+    assert sampler.sample(np.zeros(27, F)) == 1
+    sampler.reset()
+    assert sampler.sample(np.zeros(27, F)) == 0
+    with pytest.raises(DataError, match="token 2 must not follow"):
+        sampler.accept(2, chosen=True)
+
+
+def test_an_end_is_chosen_only_where_the_grammar_may_end() -> None:
+    sampler = ruled('root ::= "a" "b"', temp=0.0)
+    end_first = np.arange(27, dtype=F)
+    for expected in (0, 1, 26):
+        token = sampler.sample(end_first)
+        assert token == expected
+        sampler.accept(token, chosen=True)
+
+
+def test_when_the_grammar_leaves_no_token_an_error_says_why() -> None:
+    with pytest.raises(DataError, match="no token of the vocabulary can go on with the grammar"):
+        ruled('root ::= "A"').sample(np.zeros(27, F))
+    complete = ruled('root ::= ""', logit_bias={26: -np.inf})
+    with pytest.raises(DataError, match="is complete, but no token that ends a text is allowed"):
+        complete.sample(np.zeros(27, F))
+
+
+def test_a_grammar_over_another_vocabulary_is_refused() -> None:
+    matcher = GrammarMatcher(parse_grammar("root ::= ."), LETTERS)
+    with pytest.raises(ShapeError, match="a grammar over 27 tokens for a vocabulary of 28"):
+        Sampler(OFF, 28, grammar=matcher)
 
 
 def test_a_reset_sampler_has_no_history_but_its_generator_goes_on() -> None:

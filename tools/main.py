@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import DataError, OptionError
+from engine.errors import DataError
 from engine.locate import locate_model
 
 from . import main_options
@@ -31,13 +30,15 @@ from .console import (
 )
 from .main_model import context_size, load_model, make_context
 from .main_options import MainOptions
+from .main_sampling import make_sampler, read_grammar, sampling_params
 from .options import Parsed
 from .prompt import prompt_bytes
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
-    from engine.generate import Generation, Phase
-    from engine.sampling import SamplingParams
+    from engine.generate import Generation, Guidance, Phase
+    from engine.grammar import Grammar
+    from engine.model import Model
     from engine.tokenizer import Tokenizer
 
 
@@ -96,6 +97,8 @@ class _Log:
 
 
 def _warn(log: _Log, options: MainOptions, parsed: Parsed) -> None:
+    if options.negative_prompt and options.cfg_scale <= 1:
+        log("warning: the negative prompt has no effect without a --cfg-scale above 1")
     for warning in parsed.warnings:
         log(f"warning: {warning}")
     if "gpu_layers" in options.given:
@@ -117,13 +120,20 @@ class _Session:
 
     def run(self) -> int:
         # What needs no numpy is refused before it is loaded.
-        text = prompt_bytes(self.options.prompt, escape=self.options.escape)
-        path = locate_model(self.options.model)
-        return self._complete(path, text)
+        options = self.options
+        text = prompt_bytes(options.prompt, escape=options.escape)
+        negative = prompt_bytes(
+            options.negative_prompt,
+            escape=options.escape,
+            file_option="--cfg-negative-prompt-file",
+        )
+        path = locate_model(options.model)
+        grammar = read_grammar(options, self.log)
+        return self._complete(path, text, negative, grammar)
 
-    def _complete(self, path: Path, text: bytes) -> int:
+    def _complete(self, path: Path, text: bytes, negative: bytes, grammar: Grammar | None) -> int:
         from engine.generate import Generation, check_prompt_fits, kept_positions
-        from engine.sampling import Sampler, describe
+        from engine.sampling import describe
 
         options, log = self.options, self.log
         log(f"main: {version_line()}")
@@ -136,9 +146,9 @@ class _Session:
         check_prompt_fits(len(prompt), n_ctx)
         threads = (self.threads, self.threads_batch)
         context = make_context(model, n_ctx, threads, options, log)
-        params = self._sampling_params(tokenizer)
-        with _spelled_out():
-            sampler = Sampler(params, model.hparams.n_vocab, tokenizer.newline_id)
+        guidance = self._make_guidance(model, n_ctx, len(prompt), negative)
+        params = sampling_params(options, self.seed, tokenizer)
+        sampler = make_sampler(params, tokenizer, grammar)
         load_seconds = time.perf_counter() - began
 
         log.release()
@@ -146,6 +156,8 @@ class _Session:
         self._tell_system()
         if options.verbose_prompt:
             self._tell_prompt(tokenizer, text, prompt, n_keep)
+            if guidance is not None:
+                self._tell_tokens(tokenizer, "negative prompt", negative, guidance.tokens)
         log(describe(params))
         log(
             f"generate: n_ctx = {n_ctx}, n_batch = {options.n_batch}, "
@@ -158,10 +170,24 @@ class _Session:
             is_end=tokenizer.is_eog,
             n_predict=options.n_predict,
             n_keep=n_keep,
+            guidance=guidance,
         )
         return self._generate(generation, tokenizer, prompt, load_seconds)
 
-    def _prompt_tokens(self, tokenizer: Tokenizer, text: bytes) -> list[int]:
+    def _make_guidance(
+        self, model: Model, n_ctx: int, n_prompt: int, negative: bytes
+    ) -> Guidance | None:
+        from engine.generate import Guidance
+
+        if self.options.cfg_scale <= 1:
+            return None
+        tokens = self._prompt_tokens(model.tokenizer, negative, "--cfg-negative-prompt")
+        threads = (self.threads, self.threads_batch)
+        quiet = _Log(False)  # the first context has told what stands beside the model
+        context = make_context(model, n_ctx, threads, self.options, quiet)
+        return Guidance(context, tokens, n_prompt)
+
+    def _prompt_tokens(self, tokenizer: Tokenizer, text: bytes, option: str = "-p") -> list[int]:
         tokens = tokenizer.encode(text, add_special=True, parse_special=True)
         if tokenizer.add_eos and tokens and tokens[-1] == tokenizer.eos_id:
             # Some models end every text; generation is to go on.
@@ -169,38 +195,10 @@ class _Session:
         if tokenizer.add_bos and tokens[:2] == [tokenizer.bos_id] * 2:
             self.log("main: warning: the prompt begins with BOS, and the model adds another one")
         if not tokens and tokenizer.bos_id < 0:
-            raise DataError("the prompt is empty and the model has no BOS token; give one with -p")
-        return tokens or [tokenizer.bos_id]
-
-    def _sampling_params(self, tokenizer: Tokenizer) -> SamplingParams:
-        from engine.sampling import SamplingParams, sampler_order
-
-        options = self.options
-        bias = dict(options.logit_bias)
-        if options.ignore_eos and tokenizer.eos_id >= 0:
-            bias[tokenizer.eos_id] = float("-inf")
-        with _spelled_out():
-            return SamplingParams(
-                temp=options.temp,
-                dynatemp_range=options.dynatemp_range,
-                dynatemp_exponent=options.dynatemp_exponent,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                min_p=options.min_p,
-                tfs_z=options.tfs_z,
-                typical_p=options.typical_p,
-                penalty_last_n=options.repeat_last_n,
-                penalty_repeat=options.repeat_penalty,
-                penalty_freq=options.frequency_penalty,
-                penalty_present=options.presence_penalty,
-                penalize_nl=options.penalize_nl,
-                mirostat=options.mirostat,
-                mirostat_tau=options.mirostat_tau,
-                mirostat_eta=options.mirostat_eta,
-                logit_bias=bias,
-                samplers=sampler_order(options.samplers),
-                seed=self.seed,
+            raise DataError(
+                f"the prompt is empty and the model has no BOS token; give one with {option}"
             )
+        return tokens or [tokenizer.bos_id]
 
     def _tell_system(self) -> None:
         from engine.kernels import active_isa, prefers_pairs
@@ -215,17 +213,19 @@ class _Session:
     def _tell_prompt(
         self, tokenizer: Tokenizer, text: bytes, prompt: Sequence[int], n_keep: int
     ) -> None:
-        def shown(raw: bytes) -> str:
-            return raw.decode("utf-8", "replace")
-
-        self.log(f"\nmain: prompt: '{shown(text)}'")
-        self.log(f"main: number of tokens in prompt = {len(prompt)}")
-        for token in prompt:
-            self.log(f"{token:6d} -> '{shown(tokenizer.piece(token, True))}'")
+        self._tell_tokens(tokenizer, "prompt", text, prompt)
         if n_keep > tokenizer.declares_bos:
             kept = b"".join(tokenizer.piece(token, True) for token in prompt[:n_keep])
-            self.log(f"main: static prompt based on n_keep: '{shown(kept)}'")
+            self.log(f"main: static prompt based on n_keep: '{_shown(kept)}'")
         self.log()
+
+    def _tell_tokens(
+        self, tokenizer: Tokenizer, what: str, text: bytes, tokens: Sequence[int]
+    ) -> None:
+        self.log(f"\nmain: {what}: '{_shown(text)}'")
+        self.log(f"main: number of tokens in {what} = {len(tokens)}")
+        for token in tokens:
+            self.log(f"{token:6d} -> '{_shown(tokenizer.piece(token, True))}'")
 
     def _generate(
         self,
@@ -279,43 +279,15 @@ class _Session:
         self.log(f"{head}       total time = {total_seconds * 1e3:10.2f} ms / {n_tokens:5d} tokens")
 
 
+def _shown(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
 def _rates(phase: Phase, unit: str) -> str:
     return (
         f"{phase.ms:10.2f} ms / {phase.count:5d} {unit} ({phase.ms_each:8.2f} ms per token, "
         f"{phase.per_second:8.2f} tokens per second)"
     )
-
-
-# The options behind the fields that engine.sampling names in its messages.
-_SPELLINGS = {
-    "temp": "--temp",
-    "top_p": "--top-p",
-    "min_p": "--min-p",
-    "tfs_z": "--tfs",
-    "typical_p": "--typical",
-    "penalty_last_n": "--repeat-last-n",
-    "penalty_repeat": "--repeat-penalty",
-    "penalty_freq": "--frequency-penalty",
-    "penalty_present": "--presence-penalty",
-    "dynatemp_range": "--dynatemp-range",
-    "dynatemp_exponent": "--dynatemp-exp",
-    "mirostat": "--mirostat",
-    "mirostat_tau": "--mirostat-ent",
-    "mirostat_eta": "--mirostat-lr",
-    "logit_bias": "--logit-bias",
-    "samplers": "--samplers",
-    "seed": "--seed",
-}
-
-
-@contextmanager
-def _spelled_out() -> Iterator[None]:
-    """Name the option where the engine's message names a field."""
-    try:
-        yield
-    except OptionError as error:
-        field, _, problem = str(error).partition(":")
-        raise OptionError(f"{_SPELLINGS.get(field, field)}:{problem}") from None
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ class PromptSource(Enum):
     BINARY_FILE = "binary file"
 
 
+class GrammarSource(Enum):
+    """Where a grammar, or a part of it, comes from."""
+
+    TEXT = "--grammar"
+    FILE = "--grammar-file"
+    SCHEMA = "--json-schema"
+
+
 @dataclass(frozen=True, slots=True)
 class MainOptions:
     """What a run of `main` was asked for."""
@@ -108,6 +116,9 @@ class MainOptions:
     mirostat_tau: float
     ignore_eos: bool
     logit_bias: tuple[tuple[int, float], ...]
+    negative_prompt: tuple[tuple[PromptSource, str], ...]
+    cfg_scale: float
+    grammar: tuple[tuple[GrammarSource, str], ...]
     given: frozenset[str] = frozenset()
 
 
@@ -126,6 +137,17 @@ def _bias() -> Value:
 
 def _prompt(source: PromptSource, spellings: tuple[str, ...], metavar: str, help: str) -> Option:
     return Option(spellings, "prompt", help, (text(metavar),), repeat=True,
+                  make=lambda value: (source, value), shown_default="")  # fmt: skip
+
+
+def _negative_prompt(source: PromptSource, spelling: str, metavar: str, help: str) -> Option:
+    return Option((spelling,), "negative_prompt", help, (text(metavar),), repeat=True,
+                  make=lambda value: (source, value), shown_default="")  # fmt: skip
+
+
+def _grammar(source: GrammarSource, spellings: tuple[str, ...], metavar: str,
+             help: str) -> Option:  # fmt: skip
+    return Option(spellings, "grammar", help, (text(metavar),), repeat=True,
                   make=lambda value: (source, value), shown_default="")  # fmt: skip
 
 
@@ -227,6 +249,23 @@ _SAMPLING = in_group(
            default=0.1),
     Option(("--mirostat-ent",), "mirostat_tau", "Mirostat: target entropy, tau", (real(),),
            default=5.0),
+    _negative_prompt(PromptSource.TEXT, "--cfg-negative-prompt", "PROMPT",
+                     "guidance: a second context reads this in place of the prompt"),
+    _negative_prompt(PromptSource.FILE, "--cfg-negative-prompt-file", "FNAME",
+                     "the same from a file, without its last line break; joined to a text before"),
+    Option(("--cfg-scale",), "cfg_scale",
+           "guidance: how far to lead away from the second context; 1 or less: off", (real(),),
+           default=1.0),
+)  # fmt: skip
+
+_GRAMMAR = in_group(
+    "grammar",
+    _grammar(GrammarSource.TEXT, ("--grammar",), "GRAMMAR",
+             "what the generated text must follow, in GBNF"),
+    _grammar(GrammarSource.FILE, ("--grammar-file",), "FNAME",
+             "the same from a file; joined to a grammar before"),
+    _grammar(GrammarSource.SCHEMA, ("-j", "--json-schema"), "SCHEMA",
+             "generate JSON that follows a schema: a text in braces, or a file"),
 )  # fmt: skip
 
 _LATER = not_offered(
@@ -235,8 +274,7 @@ _LATER = not_offered(
     "-cnv|--conversation", "-r|--reverse-prompt", "-mli|--multiline-input", "--in-prefix",
     "--in-prefix-bos", "--in-suffix", "--chat-template", "-co|--color", "--simple-io",
     "--prompt-cache", "--prompt-cache-all", "--prompt-cache-ro", "-ptc|--print-token-count",
-    "--cfg-negative-prompt", "--cfg-negative-prompt-file", "--cfg-scale", "--grammar",
-    "--grammar-file", "-j|--json-schema", "--mlock", "--no-mmap", "--numa",
+    "--mlock", "--no-mmap", "--numa",
     "-ld|--logdir", "-v|--verbose", "--verbosity", "--log-file",
     "--log-new", "--log-append", "--log-test", "--in-file",
 )  # fmt: skip
@@ -275,7 +313,7 @@ _OTHER_COMMANDS = not_offered(
 
 TABLE = OptionTable(
     "main",
-    _GENERAL + _COMPUTATION + MODEL + CONTEXT + _SAMPLING + ACCEPTED
+    _GENERAL + _COMPUTATION + MODEL + CONTEXT + _SAMPLING + _GRAMMAR + ACCEPTED
     + _LATER + _DOWNLOADS + _SPECULATIVE + _DEVICES + _OTHER_COMMANDS,
 )  # fmt: skip
 

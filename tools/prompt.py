@@ -11,7 +11,9 @@ from engine.escapes import resolve_escapes
 from .main_options import PromptSource
 
 
-def prompt_bytes(parts: Iterable[tuple[PromptSource, str]], *, escape: bool) -> bytes:
+def prompt_bytes(
+    parts: Iterable[tuple[PromptSource, str]], *, escape: bool, file_option: str = "--file"
+) -> bytes:
     """Put a text together from its parts, in their order.
 
     Parameters
@@ -21,6 +23,8 @@ def prompt_bytes(parts: Iterable[tuple[PromptSource, str]], *, escape: bool) -> 
         to it and loses one line break at its end.
     escape : bool
         Resolve escapes in the whole.
+    file_option : str
+        What names its files, for messages.
 
     Raises
     ------
@@ -32,13 +36,20 @@ def prompt_bytes(parts: Iterable[tuple[PromptSource, str]], *, escape: bool) -> 
         if source is PromptSource.TEXT:
             prompt = os.fsencode(value)
         elif source is PromptSource.BINARY_FILE:
-            prompt = _file_bytes("--binary-file", value)
+            prompt = file_bytes("--binary-file", value)
         else:
-            prompt = (prompt + _file_bytes("--file", value)).removesuffix(b"\n")
+            prompt = (prompt + file_bytes(file_option, value)).removesuffix(b"\n")
     return resolve_escapes(prompt) if escape else prompt
 
 
-def _file_bytes(option: str, name: str) -> bytes:
+def file_bytes(option: str, name: str) -> bytes:
+    """Read a file that an option names.
+
+    Raises
+    ------
+    OptionError
+        If it cannot be read; names option and file.
+    """
     try:
         with open(name, "rb") as file:
             return file.read()

@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from engine.errors import DataError, OptionError, ShapeError
+from engine.grammar.matcher cimport GrammarMatcher
 from engine.mt19937 cimport MT19937
 from engine.sampling.candidates cimport (
     MIN_P,
@@ -74,16 +75,21 @@ cdef class Sampler:
         Length of the logits.
     newline_id : int
         Token that penalties leave alone unless ``penalize_nl``; -1 when there is none.
+    grammar : GrammarMatcher, optional
+        What chosen tokens must follow; it goes on with those that are accepted as chosen.
 
     Raises
     ------
     OptionError
         If a logit bias is for a token outside the vocabulary.
+    ShapeError
+        If the grammar's tokens are of another vocabulary.
     """
 
     cdef Candidates candidates
     cdef MT19937 generator
-    cdef float *logits  # n_vocab, for those that biases, guidance or penalties change
+    cdef GrammarMatcher grammar
+    cdef float *logits  # n_vocab, for those that are changed before the choice
     cdef float *guidance  # n_vocab once guidance is given, else NULL
     cdef int32_t *counts  # per token, all zero between calls
     cdef int32_t *history  # a ring
@@ -102,7 +108,13 @@ cdef class Sampler:
     cdef readonly object params
     cdef readonly uint32_t seed
 
-    def __cinit__(self, params, int32_t n_vocab, int32_t newline_id=-1):
+    def __cinit__(
+        self,
+        params,
+        int32_t n_vocab,
+        int32_t newline_id=-1,
+        GrammarMatcher grammar=None,
+    ):
         if n_vocab < 1:
             raise ShapeError(f"a sampler needs a vocabulary, not {n_vocab} tokens")
         for token in params.logit_bias:
@@ -110,7 +122,12 @@ cdef class Sampler:
                 raise OptionError(
                     f"logit_bias: token {token} is not in the vocabulary of {n_vocab} tokens"
                 )
+        if grammar is not None and grammar.tokens.n_vocab != n_vocab:
+            raise ShapeError(
+                f"a grammar over {grammar.tokens.n_vocab} tokens for a vocabulary of {n_vocab}"
+            )
         cdef float dynatemp_range
+        self.grammar = grammar
         last_n = params.penalty_last_n
         self.n_vocab = n_vocab
         self.n_history = max(MIN_HISTORY, last_n)
@@ -175,26 +192,42 @@ cdef class Sampler:
             return 0
         return k if self.top_k > 0 and k <= SHORT else 0
 
-    def accept(self, int32_t token):
-        """Push a token, of the prompt or chosen, into the history.
+    def accept(self, int32_t token, bint chosen=False):
+        """Push a token into the history.
+
+        Parameters
+        ----------
+        token : int
+        chosen : bool
+            Whether `sample` chose it: the grammar goes on with it then. Tokens of a prompt are not
+            the grammar's.
 
         Raises
         ------
         ShapeError
             If `token` is not in the vocabulary.
+        DataError
+            If the grammar does not allow a chosen token.
         """
         if not 0 <= token < self.n_vocab:
             raise ShapeError(f"token {token} is not in the vocabulary of {self.n_vocab} tokens")
+        if chosen and self.grammar is not None:
+            self.grammar.accept(token)
         self.history[self.oldest] = token
         self.oldest = (self.oldest + 1) % self.n_history
 
     def reset(self):
-        """Forget the history, as before the first token; the generator goes on where it is."""
+        """Forget the history and begin the grammar anew; the generator goes on where it is."""
+        if self.grammar is not None:
+            self.grammar.reset()
         memset(self.history, 0, self.n_history * sizeof(int32_t))
         self.oldest = 0
 
     def sample(self, const float[::1] logits not None, const float[::1] guidance=None):
-        """Choose a token; the history stays as it is.
+        """Choose a token; history and grammar stay as they are.
+
+        A token that the grammar does not allow is chosen once more among those that it does, which
+        takes another draw.
 
         Parameters
         ----------
@@ -220,11 +253,32 @@ cdef class Sampler:
         if guidance is not None:
             self.check(guidance)
             self.copy_guidance(&guidance[0])
-        with nogil:
-            place = self.choose(self.prepared(&logits[0], guidance is not None))
+        place = self.attempt(&logits[0], guidance is not None, False)
+        if self.grammar is not None and not self.grammar.allows(c.data[place].id):
+            place = self.attempt(&logits[0], guidance is not None, True)
         if c.data[place].logit == -INFINITY:
-            raise DataError("every token is forbidden; allow one by its logit bias")
+            self.refuse_all()
         return c.data[place].id
+
+    cdef int refuse_all(self) except -1:
+        if self.grammar is None:
+            raise DataError("every token is forbidden; allow one by its logit bias")
+        if self.grammar.may_end:
+            raise DataError(
+                "the text that the grammar describes is complete, but no token that ends a text is "
+                "allowed; let it go on, or stop after fewer tokens"
+            )
+        raise DataError("no token of the vocabulary can go on with the grammar here; widen it")
+
+    cdef Py_ssize_t attempt(
+        self, const float *logits, bint is_guided, bint by_grammar
+    ) except -1:
+        """Return the place of a candidate chosen among all, or those that the grammar allows."""
+        cdef const float *prepared = self.prepared(logits, is_guided, by_grammar)
+        if by_grammar:
+            self.grammar.forbid_others(self.logits)
+        with nogil:
+            return self.choose(prepared)
 
     cdef int check(self, const float[::1] logits) except -1:
         """Refuse logits of another length, and those that are NaN or +infinity."""
@@ -247,10 +301,12 @@ cdef class Sampler:
         memcpy(self.guidance, guidance, self.n_vocab * sizeof(float))
         return 0
 
-    cdef const float *prepared(self, const float *logits, bint is_guided) noexcept nogil:
+    cdef const float *prepared(
+        self, const float *logits, bint is_guided, bint must_copy
+    ) noexcept nogil:
         """Return the logits with biases, guidance and penalties; themselves without any."""
         cdef Py_ssize_t i
-        if self.bias_ids.shape[0] == 0 and not is_guided and not self.has_penalties:
+        if not (must_copy or is_guided or self.has_penalties or self.bias_ids.shape[0]):
             return logits
         memcpy(self.logits, logits, self.n_vocab * sizeof(float))
         for i in range(self.bias_ids.shape[0]):
@@ -262,7 +318,11 @@ cdef class Sampler:
         return self.logits
 
     cdef void guide(self) noexcept nogil:
-        """Lead away from the guidance: l = scale (l - g) + g, both as log-probabilities."""
+        """Lead away from the guidance: l = scale (l - g) + g, both as log-probabilities.
+
+        As in llama.cpp the guidance's are left in place, and a second attempt at a token makes
+        log-probabilities of them again, which may move the last bit.
+        """
         cdef Py_ssize_t i
         cdef float g
         for i in range(self.n_vocab):

@@ -72,6 +72,9 @@ DEFAULTS = {
     "mirostat_tau": 5.0,
     "ignore_eos": False,
     "logit_bias": (),
+    "negative_prompt": (),
+    "cfg_scale": 1.0,
+    "grammar": (),
     "given": frozenset(),
 }
 
@@ -114,7 +117,8 @@ OFFERED = {
     "--sampling-seq", "--ignore-eos", "-l", "--temp", "--top-k", "--top-p", "--min-p", "--tfs",
     "--typical", "--repeat-last-n", "--repeat-penalty", "--presence-penalty",
     "--frequency-penalty", "--penalize-nl", "--dynatemp-range", "--dynatemp-exp", "--mirostat",
-    "--mirostat-lr", "--mirostat-ent",
+    "--mirostat-lr", "--mirostat-ent", "--grammar", "--grammar-file", "-j",
+    "--cfg-negative-prompt", "--cfg-negative-prompt-file", "--cfg-scale",
     "--override-kv", "--lora-base", "--control-vector", "--control-vector-scaled",
     "--control-vector-layer-range", "-ctk", "-ctv", "-fa", "-gan", "-gaw", "--rope-scaling",
     "--rope-scale", "--rope-freq-scale", "--rope-freq-base", "--yarn-orig-ctx",
