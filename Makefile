@@ -45,13 +45,14 @@ sanitize: .venv-sanitize/.installed
 		'pytest-benchmark>=4' 'cython>=3.0.10' 'setuptools>=77'
 	touch $@
 
-# The tables of options and the README's figures, from their sources; tests/test_docs.py compares.
+# The tables of options, the README's figures and those on scaling, from their sources; tests/test_docs.py compares.
 docs: $(STAMP)
 	for command in $$($(BIN)/python -m engine.tools.options); do \
 		{ printf '# Options of `%s`\n\n' $$command && \
 		$(BIN)/python -m engine.tools.options $$command; } > docs/$$command-options.md || exit 1; \
 	done
 	$(BIN)/python bench/report.py
+	$(BIN)/python bench/scaling.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .venv-dev .venv-sanitize .demo
