@@ -147,7 +147,7 @@ def merge(
     Raises
     ------
     DataError
-        If a tensor's type cannot be written.
+        If a tensor's type cannot be written, or a merged weight is not finite or beyond its type.
     EngineError
         If the file cannot be written; the former file is whole then.
     """
@@ -272,17 +272,32 @@ def _merge_rows(item: _Planned, begin: int, end: int) -> _Part:
     stored = item.data[begin * row_bytes : end * row_bytes]
     values = decode(old.id, stored, (end - begin) * n).reshape(end - begin, n)
     change = 0.0
-    for delta in item.deltas:
-        added = delta.of_rows(begin, end)
-        if added is not None:
-            rows, addend = added
-            values[rows] += addend
-            change += _squares(addend)
+    with np.errstate(over="ignore", invalid="ignore"):  # seen below
+        for delta in item.deltas:
+            added = delta.of_rows(begin, end)
+            if added is not None:
+                rows, addend = added
+                values[rows] += addend
+                change += _squares(addend)
     flat = values.reshape(-1)
     data = _ENCODERS[item.dtype](flat)
     back = decode(item.dtype.id, data.view(np.uint8), flat.size)
+    _check_finite(item, flat, back)
     np.subtract(back, flat, out=back)
     return _Part(data, flat.size, change, _squares(back), float(np.abs(back).max()))
+
+
+def _check_finite(item: _Planned, values: NDArray[np.float32], stored: NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"tensor {item.name}: a merged weight is infinite or NaN; look at the base with "
+            "--check-tensors, and at the scales of the adapters"
+        )
+    if not np.isfinite(stored).all():
+        raise DataError(
+            f"tensor {item.name}: a merged weight is beyond {item.dtype.name}; "
+            "choose another --type"
+        )
 
 
 def _squares(values: NDArray[np.float32]) -> float:

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.dtypes import BF16, F16, F32, Q8_0, DType
+from engine.errors import DataError
 from engine.gguf import GGUFFile, TensorInfo, read_gguf, write_gguf
 from engine.kernels import decode, encode_bf16, encode_f16
 from engine.lora import KINDS, Adapter, BaseInfo, create_adapter, read_adapter, write_adapter
@@ -244,6 +245,23 @@ def test_what_is_not_quantized_needs_no_rescue(name, data_dir, tmp_path, rng) ->
     assert all(r.after is r.before for r in reports)
     _, reports = merged(model, adapters, tmp_path / "q8.gguf", rescue=True, dtype=Q8_0)
     assert {r.after for r in reports} == {BF16, F32}
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "message"),
+    [
+        (1e35, None, "blk.0.attn_q.weight: a merged weight is infinite or NaN"),
+        (1e6, F16, "blk.0.attn_q.weight: a merged weight is beyond F16; choose another --type"),
+    ],
+)
+def test_weights_that_cannot_be_stored_are_refused(scale, dtype, message, f32, tmp_path, rng):
+    model = Model.load(f32)
+    adapter = trained(model, rng, ["attn_q"])
+    pair = adapter.pairs["blk.0.attn_q"]
+    pair.a[:], pair.b[:] = 1e3, 10
+    with pytest.raises(DataError, match=message):
+        merge(model, [(adapter, scale)], tmp_path / "new.gguf", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_no_file(f32, tmp_path, rng) -> None:
