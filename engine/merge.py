@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.dtypes import BF16, F16, F32, Q8_0, DType
+from engine.dtypes import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, DType
 from engine.errors import DataError
 from engine.gguf import KeyType, TensorInfo, ValueType, write_gguf
-from engine.kernels import decode, encode_bf16, encode_f16
+from engine.kernels import decode, encode
 from engine.llama import AdapterTensors
 from engine.lora import KINDS, Adapter, join_adapters
 from engine.model import Model
@@ -29,7 +29,9 @@ from engine.model import Model
 _PART_BYTES = 4 << 20
 
 _FILE_TYPE = "general.file_type"
-_FILE_TYPES = {F32: 0, F16: 1, Q8_0: 7, BF16: 32}
+
+# Types that tensors can be written in, with the number that says so of a whole file.
+FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q8_0: 7, Q5_0: 8, Q5_1: 9, BF16: 32}
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
@@ -183,7 +185,7 @@ def _plan(
             if deltas and rescue and chosen.block > 1:
                 chosen = BF16
         planned = _Planned(name, info, file.data(info.name), chosen, deltas)
-        if not planned.is_copy and chosen not in _ENCODERS:
+        if not planned.is_copy and chosen not in FILE_TYPES:
             raise DataError(
                 f"{file.path}: tensor {name}: type {chosen.name} cannot be written; choose another "
                 "with --type, or keep what adapters touch in bf16 with --rescue bf16"
@@ -223,7 +225,7 @@ def _keys(model: Model, dtype: DType | None) -> list[tuple[str, KeyType, Any]]:
     if dtype is None:
         return keys
     kept = [key for key in keys if key[0] != _FILE_TYPE]
-    return [*kept, (_FILE_TYPE, ValueType.U32, _FILE_TYPES[dtype])]
+    return [*kept, (_FILE_TYPE, ValueType.U32, FILE_TYPES[dtype])]
 
 
 def _write(
@@ -250,14 +252,14 @@ def _write(
 class _Part:
     """Rows as they are stored, and sums of squares of what was added and of what was lost."""
 
-    data: NDArray[Any]
+    data: NDArray[np.uint8]
     n_values: int
     change: float
     error: float
     largest_error: float
 
 
-def _count(report: TensorReport, part: _Part) -> NDArray[Any]:
+def _count(report: TensorReport, part: _Part) -> NDArray[np.uint8]:
     report.n_values += part.n_values
     report.change += part.change
     report.error += part.error
@@ -280,8 +282,8 @@ def _merge_rows(item: _Planned, begin: int, end: int) -> _Part:
                 values[rows] += addend
                 change += _squares(addend)
     flat = values.reshape(-1)
-    data = _ENCODERS[item.dtype](flat)
-    back = decode(item.dtype.id, data.view(np.uint8), flat.size)
+    data = encode(item.dtype.id, flat)
+    back = decode(item.dtype.id, data, flat.size)
     _check_finite(item, flat, back)
     np.subtract(back, flat, out=back)
     return _Part(data, flat.size, change, _squares(back), float(np.abs(back).max()))
@@ -303,23 +305,3 @@ def _check_finite(item: _Planned, values: NDArray[np.float32], stored: NDArray[n
 def _squares(values: NDArray[np.float32]) -> float:
     flat = values.reshape(-1).astype(np.float64)
     return float(np.dot(flat, flat))
-
-
-def _encode_q8_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    blocks = values.reshape(-1, Q8_0.block)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    scaled = blocks * inverse
-    codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    out = np.empty((len(blocks), Q8_0.block_bytes), np.uint8)
-    out[:, :2] = scale.astype("<f2").view(np.uint8)
-    out[:, 2:] = codes.view(np.uint8)
-    return out.reshape(-1)
-
-
-_ENCODERS: dict[DType, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
-    F32: lambda values: values,
-    F16: encode_f16,
-    BF16: encode_bf16,
-    Q8_0: _encode_q8_0,
-}

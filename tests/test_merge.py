@@ -14,7 +14,7 @@ from engine.errors import DataError
 from engine.gguf import GGUFFile, TensorInfo, read_gguf, write_gguf
 from engine.kernels import decode, encode_bf16, encode_f16
 from engine.lora import KINDS, Adapter, BaseInfo, create_adapter, read_adapter, write_adapter
-from engine.merge import TensorReport, merge
+from engine.merge import FILE_TYPES, TensorReport, merge
 from engine.model import Context, Model
 
 TOKENS = list(range(3, 43))
@@ -210,7 +210,7 @@ def test_every_tensor_keeps_its_type_and_its_error_is_told(
             assert np.abs(error).max() <= step * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16, Q8_0])
+@pytest.mark.parametrize("dtype", FILE_TYPES)
 def test_all_matrices_can_get_one_type(dtype, f32, tmp_path, rng) -> None:
     model = Model.load(f32)
     adapters = [(trained(model, rng, ["attn_q"]), 1.0)]
@@ -218,9 +218,14 @@ def test_all_matrices_can_get_one_type(dtype, f32, tmp_path, rng) -> None:
     types = {info.dtype for info in new.file.tensors.values() if len(info.shape) > 1}
     assert types == {dtype}
     assert {i.dtype for i in new.file.tensors.values() if len(i.shape) == 1} == {F32}
-    assert new.file.metadata["general.file_type"] == {F32: 0, F16: 1, BF16: 32, Q8_0: 7}[dtype]
+    assert new.file.metadata["general.file_type"] == FILE_TYPES[dtype]
     assert {r.after for r in reports if r.touched} == {dtype}
-    atol = {F32: 1e-5, F16: 0.02, BF16: 0.2, Q8_0: 0.5}[dtype]
+    for info, report in zip(new.file.tensors.values(), reports, strict=True):
+        error = values_of(new.file, info.name) - exact(
+            model, adapters, model.file.tensors[info.name]
+        )
+        assert report.rms_error == pytest.approx(np.sqrt((error**2).mean()), rel=1e-2, abs=1e-7)
+    atol = {F32: 1e-5, F16: 0.02, BF16: 0.2, Q8_0: 0.5}.get(dtype, 5)
     np.testing.assert_allclose(logits(new), logits(model, adapters), rtol=0, atol=atol)
 
 

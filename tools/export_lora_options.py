@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.dtypes import BF16, F16, F32, Q8_0
+from engine.dtypes import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 
 from .options import (
     Option,
@@ -19,8 +19,10 @@ from .options import (
     threads,
 )
 
+_WRITABLE = (F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0)
+
 # Types that a merged model's matrices can be given, as --type writes them.
-TYPES = {dtype.name.lower(): dtype for dtype in (F32, F16, BF16, Q8_0)}
+TYPES = {dtype.name.lower(): dtype for dtype in _WRITABLE}
 
 
 @dataclass(frozen=True, slots=True)

