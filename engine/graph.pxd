@@ -1,4 +1,4 @@
-from engine.kernels cimport kernels, op_fn, step
+from engine.kernels cimport kernels, op_fn, step, team_clock
 from engine.tensor cimport Tensor
 from libc.stdint cimport int64_t
 
@@ -29,6 +29,8 @@ cdef class Graph:
     cdef const kernels *table
     cdef step *steps
     cdef int64_t n_steps
+    cdef team_clock clock           # both NULL: unmeasured
+    cdef object step_ns, wait_ns    # what it points to
     cdef object arena, scratch
     cdef char *scratch_start
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import ShapeError
 
-from engine.kernels cimport PROBE_FMA_FLOPS, WORKER_SCRATCH, kernels, op_fn, step, team_run
+from engine.kernels cimport PROBE_FMA_FLOPS, WORKER_SCRATCH, kernels, op_fn, step, team_clock, team_run
 from engine.kernels cimport table as table_of
 from engine.tensor cimport Tensor
 from libc.stdint cimport int64_t
@@ -48,6 +48,16 @@ cdef class Node:
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         raise ShapeError(f"{type(self).__name__} has no kernel")
+
+    @property
+    def label(self) -> str:
+        """What the node is called where times are told."""
+        return type(self).__name__
+
+    def work(self) -> tuple[float, float]:
+        """FLOPs of products and bytes moved, of one run."""
+        cdef Tensor t
+        return 0.0, float(sum([t.n_bytes() for t in self.inputs + self.outputs]))
 
     def gradient(self, grads):
         """Add nodes for the gradients of the inputs, given the outputs' (see autograd.pyx)."""
@@ -283,8 +293,46 @@ cdef class Graph:
         cdef int64_t last = self.n_steps if end is None else end
         if not 0 <= first <= last <= self.n_steps:
             raise ShapeError(f"steps {first} to {last} of {self.n_steps} cannot be run")
+        cdef team_clock clock = self.clock
+        if clock.steps != NULL:
+            clock.steps += first
         with nogil:
-            team_run(self.steps + first, last - first, self.n_threads, self.scratch_start)
+            team_run(
+                self.steps + first, last - first, self.n_threads, self.scratch_start,
+                NULL if clock.steps == NULL else &clock)
+
+    def measure(self):
+        """Plan, and from now on count the time of each step."""
+        cdef int64_t[::1] steps, waits
+        if self.steps == NULL:
+            self.plan()
+        steps = self.step_ns = np.zeros(max(self.n_steps, 1), np.int64)
+        waits = self.wait_ns = np.zeros(self.n_threads, np.int64)
+        self.clock = team_clock(&steps[0], &waits[0])
+
+    def times(self) -> dict[str, tuple[int, float, float, float]]:
+        """Where the time went since `measure`.
+
+        Returns
+        -------
+        dict
+            Label of a kind of step -> steps in a run, seconds over all runs, and FLOPs and bytes
+            of one run. The seconds are worker 0's, its waits included.
+        """
+        cdef Node node
+        out = {}
+        for node, ns in zip(self.nodes, self.step_ns, strict=True):
+            n, seconds, flops, n_bytes = out.get(node.label, (0, 0.0, 0.0, 0.0))
+            more_flops, more_bytes = node.work()
+            out[node.label] = (
+                n + 1, seconds + ns * 1e-9, flops + more_flops, n_bytes + more_bytes)
+        return out
+
+    @property
+    def waited(self) -> float:
+        """Share of the workers' time that they stood at barriers since `measure`."""
+        total = self.step_ns.sum() * self.n_threads
+        return float(self.wait_ns.sum() / total) if total else 0.0
 
 
 cdef int settle(Tensor view) except -1:

@@ -12,7 +12,11 @@ cdef extern from "team.h" nogil:
         int64_t barrier
     enum:
         WORKER_SCRATCH
-    void c_team_run "team_run"(const step *steps, int64_t n_steps, int n_threads, char *scratch)
+    struct team_clock:
+        int64_t *steps
+        int64_t *waits
+    void c_team_run "team_run"(
+        const step *steps, int64_t n_steps, int n_threads, char *scratch, const team_clock *clock)
 
 cdef extern from "blocks.h" nogil:
     int64_t block_elements(int type)
@@ -234,5 +238,7 @@ cdef extern from "kernels.h" nogil:
 
 # The table chosen at import (None: that one) or another that this machine runs, by name.
 cdef const kernels *table(object isa=*) except NULL
-# Runs steps with a team; scratch holds n_threads * WORKER_SCRATCH bytes.
-cdef void team_run(const step *steps, int64_t n_steps, int n_threads, char *scratch) noexcept nogil
+# Runs steps with a team; scratch holds n_threads * WORKER_SCRATCH bytes; clock may be NULL.
+cdef void team_run(
+    const step *steps, int64_t n_steps, int n_threads, char *scratch, const team_clock *clock
+) noexcept nogil

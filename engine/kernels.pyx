@@ -67,8 +67,10 @@ cdef const kernels *table(object isa=None) except NULL:
     return active if isa is None else lookup(isa)
 
 
-cdef void team_run(const step *steps, int64_t n_steps, int n_threads, char *scratch) noexcept nogil:
-    c_team_run(steps, n_steps, n_threads, scratch)
+cdef void team_run(
+    const step *steps, int64_t n_steps, int n_threads, char *scratch, const team_clock *clock
+) noexcept nogil:
+    c_team_run(steps, n_steps, n_threads, scratch, clock)
 
 
 cdef dict preferences = {}

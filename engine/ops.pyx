@@ -56,6 +56,17 @@ cdef bint in_pairs(Tensor w, bint partner, bint pairs):
     return pairs and w.type != F32 and (w.type == BF16 or not partner)
 
 
+cdef str weight_label(str what, Tensor w):
+    """`what` and the kind of the weight: the last part of its name."""
+    return f"{what} {w.name.rpartition(".")[2]}"
+
+
+cdef double pairs_seen(int64_t n_seq, int64_t n_query, n_past):
+    """Pairs of query and visible key."""
+    before = 0 if n_past is None else int(n_past[0])
+    return n_seq * (n_query * before + n_query * (n_query + 1) / 2.0)
+
+
 # ---------------------------------------------------------------- embedding
 
 cdef class Embed(Node):
@@ -116,6 +127,15 @@ cdef class Linear(Node):
         self.args = &self.a
         return table.linear
 
+    @property
+    def label(self) -> str:
+        return weight_label("linear", self.inputs[1])
+
+    def work(self) -> tuple[float, float]:
+        cdef Tensor w = self.inputs[1]
+        _, n_bytes = super().work()
+        return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
+
     def gradient(self, grads):
         cdef Tensor x = self.inputs[0], w = self.inputs[1], u, b
         dy = grads[self.outputs[0]]
@@ -156,6 +176,15 @@ cdef class LinearBack(Node):
             self.recipe[2] is not None, self.pairs(), self.shared)
         self.args = &self.a
         return table.linear_back
+
+    @property
+    def label(self) -> str:
+        return weight_label("linear back", self.inputs[1])
+
+    def work(self) -> tuple[float, float]:
+        cdef Tensor w = self.inputs[1]
+        _, n_bytes = super().work()
+        return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
 
 
 def linear(Graph graph, Tensor x, Tensor w, adapter=None) -> Tensor:
@@ -581,6 +610,12 @@ cdef class Attention(Node):
         self.args = &self.a
         return table.attention
 
+    def work(self) -> tuple[float, float]:
+        cdef Tensor q = self.inputs[0]
+        n_seq, n_past = self.recipe[3], self.recipe[7]
+        seen = pairs_seen(n_seq, q.rows // n_seq, n_past)
+        return 4.0 * q.cols * seen, super().work()[1]
+
     def gradient(self, grads):
         q, k, v, n_seq, n_head, n_head_kv, scale, n_past = self.recipe
         require(n_past is None, "attention over a cache has no gradient")
@@ -611,6 +646,11 @@ cdef class AttentionBack(Node):
             delta.floats(), dq.floats(), dk.floats(), dv.floats())
         self.args = &self.a
         return table.attention_back
+
+    def work(self) -> tuple[float, float]:
+        cdef Tensor q = self.inputs[0]
+        n_seq = self.recipe[6]
+        return 10.0 * q.cols * pairs_seen(n_seq, q.rows // n_seq, None), super().work()[1]
 
 
 def attention(

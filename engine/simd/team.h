@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #include <sched.h>
 #include <stdint.h>
+#include <time.h>
 
 struct team {
     int count;
@@ -17,6 +18,7 @@ struct worker {
     int index, count;
     struct team *team;
     char *scratch; /* WORKER_SCRATCH bytes of its own, 64-byte aligned */
+    int64_t *waited; /* nanoseconds at barriers, if they are asked for */
 };
 
 enum { WORKER_SCRATCH = 4 << 20 };
@@ -30,14 +32,25 @@ struct step {
     int64_t barrier; /* all workers must have finished the steps before this one */
 };
 
-/* Runs the steps with n_threads workers; scratch holds n_threads * WORKER_SCRATCH bytes. */
-void team_run(const struct step *steps, int64_t n_steps, int n_threads, char *scratch);
+/* Nanoseconds added up over runs: of each step as worker 0 saw it, waits included; of each worker at barriers. */
+struct team_clock {
+    int64_t *steps, *waits;
+};
+
+/* Runs the steps with n_threads workers; scratch holds n_threads * WORKER_SCRATCH bytes. clock may be NULL. */
+void team_run(const struct step *steps, int64_t n_steps, int n_threads, char *scratch,
+    const struct team_clock *clock);
+
+static inline int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 /* Spins, for steps are short; yields once in a while, for cores may be fewer than workers. */
-static inline void team_barrier(const struct worker *w)
+static inline void team_wait(const struct worker *w)
 {
-    if (w->count == 1)
-        return;
     struct team *team = w->team;
     int generation = __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) == w->count) {
@@ -52,6 +65,16 @@ static inline void team_barrier(const struct worker *w)
         else
             _mm_pause();
     }
+}
+
+static inline void team_barrier(const struct worker *w)
+{
+    if (w->count == 1)
+        return;
+    int64_t begin = w->waited ? nanoseconds() : 0;
+    team_wait(w);
+    if (w->waited)
+        *w->waited += nanoseconds() - begin;
 }
 
 /* The part [*begin, *end) of n items, in multiples of grain, that falls to this worker. */
