@@ -27,6 +27,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         ATTENTION_MAX_DIM
         ATTENTION_MAX_GROUP
+        FEW_QUERIES
         GEMV_TOKENS
         MAX_ROW
         PROBE_FMA_FLOPS
@@ -34,6 +35,8 @@ cdef extern from "kernels.h" nogil:
         N_VARIANTS
     int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
     int64_t back_packed_bytes(int64_t n_tokens, int64_t n_out)
+    int64_t attention_part_bytes(
+        int64_t n_seq, int64_t n_query, int64_t n_head, int64_t head_dim, int64_t n_key)
 
     struct embed_args:
         int64_t n_tokens, n_cols
@@ -128,11 +131,14 @@ cdef extern from "kernels.h" nogil:
         const float *q
         const void *k
         const void *v
-        int64_t type, kv_seq_rows
+        int64_t k_type, v_type, kv_seq_rows
         const int32_t *n_past
+        const int32_t *first_key
         float scale
         float *out
         float *lse
+        float *parts
+        int64_t pairs
 
     struct attention_back_args:
         int64_t n_seq, n_query, n_head, n_head_kv, head_dim
@@ -142,11 +148,13 @@ cdef extern from "kernels.h" nogil:
         const float *out
         const float *lse
         const float *dout
+        const int32_t *first_key
         float scale
         float *delta
         float *dq
         float *dk
         float *dv
+        int64_t pairs
 
     struct lora_down_args:
         int64_t n_tokens, n_cols, rank

@@ -448,7 +448,16 @@ class Context:
             ops.cache_store(graph, v, values, cache.n_past)
             scale = h.head_dim**-0.5
             return ops.attention(
-                graph, q, keys, values, 1, h.n_head, h.n_head_kv, scale, cache.n_past
+                graph,
+                q,
+                keys,
+                values,
+                1,
+                h.n_head,
+                h.n_head_kv,
+                scale,
+                cache.n_past,
+                pairs=ops.multiplies_pairs(graph, self.model.weights.by_name[f"blk.{layer}.attn_q"]),
             )
 
         builder: llama.Builder = self.model.architecture.Builder(

@@ -41,7 +41,10 @@ def attention(
     n_head_kv: int,
     scale: float,
     n_past: _Ints | None = None,
+    first_key: _Ints | None = None,
+    pairs: bool = False,
 ) -> Tensor: ...
+def multiplies_pairs(graph: Graph, w: Tensor) -> bool: ...
 def cross_entropy(
     graph: Graph, logits: Tensor, targets: _Ints, weight: _Floats
 ) -> tuple[Tensor, Tensor]: ...

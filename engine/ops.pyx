@@ -14,8 +14,9 @@ from engine.errors import ShapeError
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
     ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, add_args, attention_args,
-    attention_back_args, back_packed_bytes, cache_store_args, cross_entropy_args, embed_args,
-    has_encoder, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args,
+    attention_back_args, attention_part_bytes, back_packed_bytes, block_elements,
+    cache_store_args, cross_entropy_args, embed_args, has_encoder, kernels, linear_args,
+    linear_back_args, linear_packed_bytes, lora_down_args,
     lora_gather_args, lora_outer_args, lora_scatter_args, lora_up_args, op_fn, probe_args,
     rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args, silu_mul_back_args, zero_args,
 )
@@ -65,6 +66,11 @@ cdef double pairs_seen(int64_t n_seq, int64_t n_query, n_past):
     """Pairs of query and visible key."""
     before = 0 if n_past is None else int(n_past[0])
     return n_seq * (n_query * before + n_query * (n_query + 1) / 2.0)
+
+
+def multiplies_pairs(Graph graph, Tensor w) -> bool:
+    """Whether the graph multiplies with a weight in bf16 pairs, where the variant has them."""
+    return in_pairs(w, graph.partner, graph.pairs)
 
 
 # ---------------------------------------------------------------- embedding
@@ -580,7 +586,7 @@ cdef class Attention(Node):
 
     def __init__(
         self, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
-        float scale, n_past
+        float scale, n_past, first_key, bint pairs
     ):
         require(n_seq > 0 and n_head > 0 and n_head_kv > 0, "there must be sequences and heads")
         head_dim = q.cols // n_head
@@ -591,37 +597,52 @@ cdef class Attention(Node):
         require(group <= ATTENTION_MAX_GROUP, f"{group} query heads share a key head")
         require(head_dim <= ATTENTION_MAX_DIM, f"head size {head_dim} is above {ATTENTION_MAX_DIM}")
         require(n_past is not None or k.rows == q.rows, "keys and queries differ in number")
-        fits = q.type == F32 and k.type == v.type and k.type in (F32, F16)
-        require(fits, "keys and values must be F32 or F16")
+        require(q.type == F32, f"{q.name}: queries must be F32")
+        for cache in (k, v):
+            block = block_elements((<Tensor>cache).type)
+            fits = block > 0 and head_dim % block == 0
+            require(fits, f"{cache.name}: heads of {head_dim} are no whole blocks of its type")
         self.inputs = (q, k, v)
         out = result("attention", q.rows, q.cols)
         self.outputs = (out, result("attention.lse", q.rows, n_head))
 
+    cdef int64_t shared_bytes(self) except -1:
+        cdef Tensor q = self.inputs[0], k = self.inputs[1]
+        n_seq, n_head = self.recipe[3], self.recipe[4]
+        return attention_part_bytes(
+            n_seq, q.rows // <int64_t>n_seq, n_head, q.cols // <int64_t>n_head,
+            k.rows // <int64_t>n_seq)
+
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor q = self.inputs[0], k = self.inputs[1], v = self.inputs[2]
         cdef Tensor out = self.outputs[0], lse = self.outputs[1]
-        n_seq, n_head, n_head_kv, scale, n_past = self.recipe[3:]
+        n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs = self.recipe[3:]
         self.a = attention_args(
             n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
-            q.floats(), k.data, v.data, k.type, k.rows // <int64_t>n_seq, NULL, scale,
-            out.floats(), lse.floats())
+            q.floats(), k.data, v.data, k.type, v.type, k.rows // <int64_t>n_seq, NULL, NULL,
+            scale, out.floats(), lse.floats(), <float *>self.shared, pairs)
         if n_past is not None:
             self.a.n_past = ints(n_past, 1)
+        if first_key is not None:
+            self.a.first_key = ints(first_key, q.rows)
         self.args = &self.a
         return table.attention
 
     def work(self) -> tuple[float, float]:
-        cdef Tensor q = self.inputs[0]
+        cdef Tensor q = self.inputs[0], k = self.inputs[1]
         n_seq, n_past = self.recipe[3], self.recipe[7]
         seen = pairs_seen(n_seq, q.rows // n_seq, n_past)
-        return 4.0 * q.cols * seen, super().work()[1]
+        n_key = q.rows // n_seq + (0 if n_past is None else int(n_past[0]))
+        cached = 2.0 * k.n_bytes() // k.rows * n_seq * n_key
+        return 4.0 * q.cols * seen, cached + 2.0 * q.n_bytes()
 
     def gradient(self, grads):
-        q, k, v, n_seq, n_head, n_head_kv, scale, n_past = self.recipe
+        q, k, v, n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs = self.recipe
         require(n_past is None, "attention over a cache has no gradient")
         dout = grads[self.outputs[0]]
         dq, dk, dv = grads.graph.add(
-            AttentionBack, q, k, v, *self.outputs, dout, n_seq, n_head, n_head_kv, scale)[:3]
+            AttentionBack, q, k, v, *self.outputs, dout, n_seq, n_head, n_head_kv, scale,
+            first_key, pairs)[:3]
         grads.add(q, dq)
         grads.add(k, dk)
         grads.add(v, dv)
@@ -639,11 +660,13 @@ cdef class AttentionBack(Node):
         cdef Tensor q, k, v, out, lse, dout, dq, dk, dv, delta
         q, k, v, out, lse, dout = self.inputs
         dq, dk, dv, delta = self.outputs
-        n_seq, n_head, n_head_kv, scale = self.recipe[6:]
+        n_seq, n_head, n_head_kv, scale, first_key, pairs = self.recipe[6:]
         self.a = attention_back_args(
             n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
-            q.floats(), k.floats(), v.floats(), out.floats(), lse.floats(), dout.floats(), scale,
-            delta.floats(), dq.floats(), dk.floats(), dv.floats())
+            q.floats(), k.floats(), v.floats(), out.floats(), lse.floats(), dout.floats(), NULL,
+            scale, delta.floats(), dq.floats(), dk.floats(), dv.floats(), pairs)
+        if first_key is not None:
+            self.a.first_key = ints(first_key, q.rows)
         self.args = &self.a
         return table.attention_back
 
@@ -655,19 +678,25 @@ cdef class AttentionBack(Node):
 
 def attention(
     Graph graph, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
-    float scale, n_past=None
+    float scale, n_past=None, first_key=None, bint pairs=False
 ) -> Tensor:
     """Causal attention with grouped heads.
 
     Parameters
     ----------
     q : Tensor of shape (n_seq * n_query, n_head * head_dim)
-    k, v : Tensor of shape (n_seq * n_key, n_head_kv * head_dim), F32 or F16
+    k, v : Tensor of shape (n_seq * n_key, n_head_kv * head_dim)
+        Of any stored type whose blocks divide a head, each its own.
     n_past : int32 array of one element, optional
         Position of the first query, read at each run. With it k and v are caches; without it there
-        are as many keys as queries, and the op has a gradient.
+        are as many keys as queries, all F32, and the op has a gradient.
+    first_key : int32 array, one a row of q, optional
+        The first key that each query sees, counted within its sequence; read at each run.
+    pairs : bool
+        Multiply in bf16 where the variant has a pair product (see `multiplies_pairs`).
     """
-    return graph.add(Attention, q, k, v, n_seq, n_head, n_head_kv, scale, n_past)[0]
+    return graph.add(
+        Attention, q, k, v, n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs)[0]
 
 
 # ---------------------------------------------------------------- loss

@@ -212,11 +212,16 @@ def token_rows(x: Floats, group: int = 1) -> Floats:
     return grouped.transpose(0, 2, 1, 3).reshape(n_seq * n_tokens, -1)
 
 
-def attention_weights(q: Floats, k: Floats, scale: float, n_past: int) -> tuple[Floats, Floats]:
+def attention_weights(
+    q: Floats, k: Floats, scale: float, n_past: int, first_key: ArrayLike | None = None
+) -> tuple[Floats, Floats]:
     """Probabilities over the visible keys, and the logarithm of their divisor."""
     scores = scale * q @ k.swapaxes(2, 3)
     n_query, n_key = scores.shape[2:]
     visible = np.arange(n_key) <= n_past + np.arange(n_query)[:, None]
+    if first_key is not None:
+        first = np.asarray(first_key).reshape(len(q), 1, n_query, 1)
+        visible = visible & (np.arange(n_key) >= first)
     scores = np.where(visible, scores, -np.inf)
     top = scores.max(axis=3, keepdims=True)
     e = np.exp(scores - top)
@@ -233,10 +238,11 @@ def attention(
     n_head_kv: int,
     scale: float,
     n_past: int = 0,
+    first_key: ArrayLike | None = None,
 ) -> Floats:
     group = n_head // n_head_kv
     keys, values = head_rows(k, n_seq, n_head_kv, group), head_rows(v, n_seq, n_head_kv, group)
-    p, _ = attention_weights(head_rows(q, n_seq, n_head), keys, scale, n_past)
+    p, _ = attention_weights(head_rows(q, n_seq, n_head), keys, scale, n_past, first_key)
     return token_rows(p @ values)
 
 
@@ -249,12 +255,13 @@ def attention_back(
     n_head: int,
     n_head_kv: int,
     scale: float,
+    first_key: ArrayLike | None = None,
 ) -> tuple[Floats, Floats, Floats]:
     """dq, dk and dv, the whole matrix of probabilities at hand."""
     group = n_head // n_head_kv
     queries, d = head_rows(q, n_seq, n_head), head_rows(dout, n_seq, n_head)
     keys, values = head_rows(k, n_seq, n_head_kv, group), head_rows(v, n_seq, n_head_kv, group)
-    p, _ = attention_weights(queries, keys, scale, 0)
+    p, _ = attention_weights(queries, keys, scale, 0, first_key)
     dp = d @ values.swapaxes(2, 3)
     ds = p * (dp - (p * dp).sum(axis=3, keepdims=True))
     dq, dk, dv = scale * ds @ keys, scale * ds.swapaxes(2, 3) @ queries, p.swapaxes(2, 3) @ d

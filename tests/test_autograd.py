@@ -318,6 +318,22 @@ def test_attention_back_agrees_with_float64(
             assert_close(gradient, right, next(sizes), 2 * chain(head_dim + n_query))
 
 
+def test_attention_back_begins_at_a_key_of_each_query(isa: str, rng: np.random.Generator) -> None:
+    n_seq, n_query, n_head, n_head_kv, dim = 2, 150, 4, 2, 16
+    n = n_seq * n_query
+    arrays = [random(rng, n, heads * dim) for heads in (n_head, n_head_kv, n_head_kv)]
+    dout = random(rng, n, n_head * dim)
+    first = np.tile(np.arange(n_query) // 70 * 70, n_seq).astype(np.int32)
+    args = (n_seq, n_head, n_head_kv, dim**-0.5)
+    _, *found = gradients(
+        isa, arrays, lambda g, *t: ops.attention(g, *t, *args, first_key=first), dout
+    )
+    expected = reference.attention_back(*arrays, dout, *args, first_key=first)
+    sizes = attention_back_size(*arrays, dout, *args)
+    for gradient, right, size in zip(found, expected, sizes, strict=True):
+        assert_close(gradient, right, 8 * size.max(), 2 * chain(dim + n_query))
+
+
 @pytest.mark.parametrize("n_cols", [1, 7, 16, 33, 64, 130, 300])
 @pytest.mark.parametrize("n_tokens", [1, 6, 65])
 def test_adapter_kernels_agree_with_float64_and_accumulate(

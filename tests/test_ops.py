@@ -422,6 +422,64 @@ def test_attention_over_a_cache_agrees_with_float64(
         assert_close(y, expected, size, chain(dim + n_key))
 
 
+@pytest.mark.parametrize("n_query", [1, 8, 9, 90])
+def test_a_cache_may_be_of_any_two_types(
+    isa: str, n_query: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    n_head, n_head_kv, dim, n_past = 4, 2, 32, 70
+    n_key = n_past + n_query
+    for types in [(dtypes.Q8_0, dtypes.Q4_0), (dtypes.BF16, dtypes.F32), (dtypes.F16, dtypes.Q8_0)]:
+        q = random(rng, n_query, n_head * dim)
+        data = [guarded(reference.encode(t, random(rng, n_key, n_head_kv * dim))) for t in types]
+        k, v = (reference.decode_row(t, d).reshape(n_key, -1) for t, d in zip(types, data))
+        caches = [stored(d, t, n_key, n_head_kv * dim) for t, d in zip(types, data)]
+        past, args = np.array([n_past], np.int32), (1, n_head, n_head_kv, dim**-0.5)
+        (y,) = compute(
+            isa, lambda g, q=q, c=caches, a=args, p=past: ops.attention(g, given(q), *c, *a, p)
+        )
+        size = attention_size(q, k, v, 1, (n_head, n_head_kv), args[3], n_past)
+        assert_close(y, reference.attention(q, k, v, *args, n_past), size, chain(dim + n_key))
+
+
+@pytest.mark.parametrize("n_query", [7, 70, 200])
+def test_attention_can_begin_at_a_key_of_each_query(
+    isa: str, n_query: int, rng: np.random.Generator
+) -> None:
+    n_seq, n_head, n_head_kv, dim = 2, 4, 2, 16
+    n = n_seq * n_query
+    q = random(rng, n, n_head * dim)
+    k, v = (random(rng, n, n_head_kv * dim) for _ in "kv")
+    position = np.arange(n_query)
+    first = np.concatenate([position // 13 * 13, np.minimum(position, 69)]).astype(np.int32)
+    args = (n_seq, n_head, n_head_kv, dim**-0.5)
+    (y,) = compute(
+        isa, lambda g: ops.attention(g, given(q), given(k), given(v), *args, first_key=first)
+    )
+    expected = reference.attention(q, k, v, *args, first_key=first)
+    # A query that sees few keys has a small sum of magnitudes: the largest values bound it.
+    size = np.full_like(expected, abs(v).max()) * (1 + 2 * args[3] * dim * abs(q).max())
+    assert_close(y, expected, size, chain(dim + n_query))
+
+
+def test_a_query_gets_the_same_bits_alone_and_among_a_few(
+    isa: str, rng: np.random.Generator
+) -> None:
+    n_past, dim = 600, 64
+    q = random(rng, 5, 6 * dim)
+    caches = [random(rng, n_past + 5, 2 * dim).astype(np.float16) for _ in "kv"]
+    tensors = [stored(c.view(np.uint8).reshape(-1), dtypes.F16, n_past + 5, 2 * dim) for c in caches]
+
+    def run(queries: Array, past: int) -> Array:
+        n = np.array([past], np.int32)
+        return compute(
+            isa, lambda g: ops.attention(g, given(queries), *tensors, 1, 6, 2, 0.125, n)
+        )[0]
+
+    together = run(q, n_past)
+    for i in range(5):
+        assert_same_bits(run(q[i : i + 1], n_past + i), together[i : i + 1])
+
+
 def test_attention_survives_large_scores(isa: str, rng: np.random.Generator) -> None:
     q, k, v = 100 * random(rng, 40, 16), 100 * random(rng, 40, 16), random(rng, 40, 16)
     y = attention(isa, q, k, v, 1, 1, 1, 1.0)

@@ -14,8 +14,9 @@ from engine.lora import create_adapter
 from engine.model import Model
 from engine.tensor import Tensor
 from engine.training.trainer import Trainer
+from tests import reference
 from tests.compare import assert_close, assert_same_bits, chain
-from tests.graphs import given, random
+from tests.graphs import given, gradients, random
 
 # Tokens and outputs below, at and above a register tile, a matrix tile and a panel; reductions of
 # whole tiles, of whole pairs only, and longer than one part.
@@ -101,6 +102,43 @@ def test_gradients_agree_with_rounded_operands(paired, rng, shape, dtype, guarde
 
     exact = rounded(dy) @ w
     assert_close(run(paired, 2, back), exact, np.abs(rounded(dy)) @ np.abs(w), chain(n), PAIR_EPS)
+
+
+def attention_close(actual, expected, magnitude):
+    """Operands rounded to 8 bits, relatively; a score's error moves its probability by as much."""
+    assert_close(actual, expected, magnitude, 3, 2.0**-8)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
+@pytest.mark.parametrize("n_query", [9, 64, 130])
+def test_attention_in_pairs_agrees_with_float64(paired, rng, n_query, head_dim):
+    n_seq, n_head, n_head_kv = 2, 6, 2
+    n = n_seq * n_query
+    q, k, v, dout = (
+        rounded(0.5 * random(rng, n, heads * head_dim)).astype(np.float32)
+        for heads in (n_head, n_head_kv, n_head_kv, n_head)
+    )
+    args = (n_seq, n_head, n_head_kv, head_dim**-0.5)
+
+    def attend(graph: Graph, *tensors: Tensor) -> Tensor:
+        return ops.attention(graph, *tensors, *args, pairs=True)
+
+    y = run(paired, 2, lambda graph: attend(graph, *(given(x) for x in (q, k, v))))
+    size = reference.attention(q, k, np.abs(v), *args)
+    attention_close(y, reference.attention(q, k, v, *args), size.max())
+    _, *found = gradients(paired, [q, k, v], attend, dout)
+    for gradient, right in zip(found, reference.attention_back(q, k, v, dout, *args), strict=True):
+        attention_close(gradient, right, np.abs(right).max())
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_attention_in_pairs_gives_the_same_bits_for_any_threads(paired, rng, n_threads):
+    q, k, v = (random(rng, 200, heads * 64) for heads in (9, 3, 3))
+
+    def attend(graph: Graph) -> Tensor:
+        return ops.attention(graph, given(q), given(k), given(v), 1, 9, 3, 0.125, pairs=True)
+
+    assert_same_bits(run(paired, n_threads, attend), run(paired, 1, attend))
 
 
 def test_f32_weights_are_never_rounded(paired, rng):

@@ -17,15 +17,18 @@
 #include "convert.c"
 #include "encode.c"
 #include "linear.c"
+#include "heads.c"
 #include "precision.h"
 #define PRECISION f32
 #include "tile.c"
 #include "gemm.c"
+#include "attend.c"
 #undef PRECISION
 #ifdef HAVE_PAIR_PRODUCT
 #define PRECISION bf16
 #include "tile.c"
 #include "gemm.c"
+#include "attend.c"
 #undef PRECISION
 #endif
 #include "gemv.c"

@@ -141,28 +141,46 @@ struct cache_store_args {
 };
 
 /* Causal attention of n_seq sequences, n_query queries each; query t of a sequence stands at position
- * *n_past + t (n_past NULL: 0) and sees keys 0 ... *n_past + t. Query head h uses key head h / (n_head /
+ * *n_past + t (n_past NULL: 0) and sees keys first_key[t] (NULL: 0) ... *n_past + t. Query head h uses key head h / (n_head /
  * n_head_kv).
  *     out[t][h] = sum_j softmax_j(scale q[t][h] . k[j]) v[j],    lse[t][h] = log sum_j e^(scale q . k)
- * q, out: n_seq n_query rows of n_head head_dim; k, v: rows of n_head_kv head_dim of `type`, those of
- * sequence s from row s kv_seq_rows on; lse: may be NULL. */
+ * q, out: n_seq n_query rows of n_head head_dim; k, v: rows of n_head_kv head_dim of k_type and v_type, those of
+ * sequence s from row s kv_seq_rows on; first_key: n_seq n_query, counted from the sequence's first key; lse: may
+ * be NULL; parts: attention_part_bytes() shared by the workers. pairs: where there is a pair product and there are
+ * more than FEW_QUERIES, round queries, keys, probabilities and values to bf16; sums and softmax stay float. */
 struct attention_args {
     int64_t n_seq, n_query, n_head, n_head_kv, head_dim;
     const float *q;
     const void *k, *v;
-    int64_t type, kv_seq_rows;
-    const int32_t *n_past;
+    int64_t k_type, v_type, kv_seq_rows;
+    const int32_t *n_past, *first_key;
     float scale;
-    float *out, *lse;
+    float *out, *lse, *parts;
+    int64_t pairs;
 };
+
+enum {
+    FEW_QUERIES = GEMV_TOKENS, /* up to here queries go one by one */
+    SPLIT_KEYS = 256,          /* and the context in such parts */
+};
+
+/* Bytes of attention_args.parts: for each query and part of the context a head's output, maximum and sum. */
+static inline int64_t attention_part_bytes(
+    int64_t n_seq, int64_t n_query, int64_t n_head, int64_t head_dim, int64_t n_key)
+{
+    int64_t parts = (n_key + SPLIT_KEYS - 1) / SPLIT_KEYS;
+    return n_query > FEW_QUERIES ? 0 : n_seq * n_query * n_head * parts * (head_dim + 18) * 4;
+}
 
 /* The gradient of the above for n_past = 0 and float keys: dq, dk, dv from dout, out and lse.
  * delta: n_seq n_query x n_head floats of working space. dq may be q only if k, v are not read again. */
 struct attention_back_args {
     int64_t n_seq, n_query, n_head, n_head_kv, head_dim;
     const float *q, *k, *v, *out, *lse, *dout;
+    const int32_t *first_key;
     float scale;
     float *delta, *dq, *dk, *dv;
+    int64_t pairs;
 };
 
 enum { ATTENTION_MAX_DIM = 512, ATTENTION_MAX_GROUP = 256 }; /* what the workers' scratch holds */

@@ -55,6 +55,13 @@ V_INLINE void interleave_f32(const float *rows, int64_t stride, int64_t n, float
     memcpy(lanes, rows, (size_t)n * sizeof *lanes);
 }
 
+/* Two neighbours of the reduction, at p and the step after it. */
+V_INLINE void v_store_two_f32(float *p, int64_t stride, vf a, vf b)
+{
+    v_store(p, a);
+    v_store(p + stride, b);
+}
+
 V_INLINE int stored_as_row_f32(int type, const void *w)
 {
     return type == TYPE_F32 && (uintptr_t)w % sizeof(float) == 0;
@@ -109,10 +116,14 @@ V_INLINE const uint16_t *as_row_bf16(const float *x, int64_t n, uint16_t *buffer
 
 V_INLINE void interleave_bf16(const float *rows, int64_t stride, int64_t n, uint32_t *lanes)
 {
-    for (int64_t j = 0; j < n; j += VL) {
-        vi low = v_round_bf16(v_load(rows + j)), high = v_round_bf16(v_load(rows + stride + j));
-        _mm512_storeu_si512(lanes + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+    for (int64_t j = 0; j < n; j += VL)
+        _mm512_storeu_si512(lanes + j, v_pair(v_load(rows + j), v_load(rows + stride + j)));
+}
+
+V_INLINE void v_store_two_bf16(uint32_t *p, int64_t stride, vf a, vf b)
+{
+    (void)stride;
+    _mm512_storeu_si512(p, v_pair(a, b));
 }
 
 V_INLINE int stored_as_row_bf16(int type, const void *w)

@@ -36,6 +36,16 @@ V_INLINE vf v_blend_n(vf x, vf y, int64_t n)
     return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(v_mask(n)));
 }
 
+/* Lanes of x where a < b, of y elsewhere. */
+V_INLINE vf v_select_less(vf a, vf b, vf x, vf y)
+{
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+V_INLINE int v_any_less(vf a, vf b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
+}
+
 V_INLINE vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 V_INLINE vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }

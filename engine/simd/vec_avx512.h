@@ -26,6 +26,13 @@ V_INLINE void v_store_n(float *p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, v_
 V_INLINE vf v_keep_n(vf x, int64_t n) { return _mm512_maskz_mov_ps(v_mask(n), x); }
 V_INLINE vf v_blend_n(vf x, vf y, int64_t n) { return _mm512_mask_mov_ps(y, v_mask(n), x); }
 
+/* Lanes of x where a < b, of y elsewhere. */
+V_INLINE vf v_select_less(vf a, vf b, vf x, vf y)
+{
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+}
+V_INLINE int v_any_less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
+
 V_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 V_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 V_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }

@@ -66,7 +66,9 @@ class _Pass:
         self.losses: list[Tensor] = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ops.attention(graph, q, k, v, n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
+            pairs = ops.multiplies_pairs(graph, model.weights.by_name[f"blk.{layer}.attn_q"])
+            sizes = (n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
+            return ops.attention(graph, q, k, v, *sizes, pairs=pairs)
 
         builder = model.architecture.Builder(
             graph,
