@@ -457,7 +457,9 @@ class Context:
                 h.n_head_kv,
                 scale,
                 cache.n_past,
-                pairs=ops.multiplies_pairs(graph, self.model.weights.by_name[f"blk.{layer}.attn_q"]),
+                pairs=ops.multiplies_pairs(
+                    graph, self.model.weights.by_name[f"blk.{layer}.attn_q"]
+                ),
             )
 
         builder: llama.Builder = self.model.architecture.Builder(

@@ -30,8 +30,8 @@ static void FP(pack_queries)(const struct query_block *b, const float *src, int6
                 memcpy(elements + i * dk, made, (size_t)dk * sizeof *made);
         }
         LANE *dst = packed + l / TILE_LANES * TILE_LANES * steps + l % TILE_LANES;
-        FN(transpose)((const float *)(const void *)elements, steps, VL, steps,
-            (float *)(void *)dst, TILE_LANES);
+        FN(transpose)((const float *)(const void *)elements, steps, VL, steps, (float *)(void *)dst,
+            TILE_LANES);
     }
 }
 
@@ -46,8 +46,7 @@ static void FP(element_rows)(const float *rows, int64_t n, int64_t stride, ELEM 
 }
 
 /* dst[i][j] = rows[j][i]: d rows of KEYS elements from KEYS rows of floats. */
-static void FP(turned_rows)(
-    const float *rows, int64_t stride, int64_t d, float *turned, ELEM *out)
+static void FP(turned_rows)(const float *rows, int64_t stride, int64_t d, float *turned, ELEM *out)
 {
     FN(transpose)(rows, stride, KEYS, d, turned, KEYS);
     FP(element_rows)(turned, d, KEYS, out);
@@ -78,8 +77,8 @@ V_INLINE int PP(soften)(int64_t rows, int64_t key0, const float *limit, const fl
                 vf at = v_set1((float)(i + k));
                 e[k] = v_exp(v_sub(v_load(score + (i + k) * TILE_LANES + j), largest));
                 if (masked)
-                    e[k] = v_select_less(
-                        at, end, v_select_less(at, begin, v_zero(), e[k]), v_zero());
+                    e[k] =
+                        v_select_less(at, end, v_select_less(at, begin, v_zero(), e[k]), v_zero());
                 total = v_add(total, e[k]);
             }
             PP(v_store_two)(p + i / STEP * TILE_LANES + j, TILE_LANES, e[0], e[1]);
@@ -192,9 +191,9 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
 /* Working space of one item on the way back. Queries and the gradients of outputs stand in two forms each: along
  * the lanes, reduced over the head's elements, and row by row, reduced over the queries. */
 struct PP(back_space) {
-    LANE *queries, *dout;           /* [panel][step of dk][TILE_LANES] */
-    LANE *query_rows, *dout_rows;   /* [panel][step of TILE_LANES][dp] */
-    float *dq;                      /* [panel][d][TILE_LANES] */
+    LANE *queries, *dout;               /* [panel][step of dk][TILE_LANES] */
+    LANE *query_rows, *dout_rows;       /* [panel][step of TILE_LANES][dp] */
+    float *dq;                          /* [panel][d][TILE_LANES] */
     float *limit, *start, *lse, *delta; /* a lane */
     float *rows, *turned, *p, *dp, *dk, *dv;
     ELEM *keys, *turned_keys, *values, *p_rows, *ds_rows;
@@ -202,8 +201,7 @@ struct PP(back_space) {
 };
 
 /* Places for blocks of `lanes` lanes; how many bytes they take. */
-static int64_t FP(back_places)(
-    struct PP(back_space) * s, int64_t lanes, int64_t d, char *scratch)
+static int64_t FP(back_places)(struct PP(back_space) * s, int64_t lanes, int64_t d, char *scratch)
 {
     int64_t dk = PP(padded_dim)(d), dp = padded(dk);
     char *at = scratch;
@@ -243,17 +241,16 @@ static void FP(pack_query_rows)(const struct attention_back_args *a, const struc
 {
     int64_t dp = padded(PP(padded_dim)(a->head_dim));
     for (int64_t l = 0; l < b->lanes; l += TILE_LANES) {
-        FN(load_queries)
-        (b, src, a->n_query, a->n_head, a->head_dim, scale, l, TILE_LANES, rows, dp);
+        FN(load_queries)(
+            b, src, a->n_query, a->n_head, a->head_dim, scale, l, TILE_LANES, rows, dp);
         for (int64_t i = 0; i < TILE_LANES; i += STEP)
             PP(interleave)(rows + i * dp, dp, dp, packed + (l + i) / STEP * dp);
     }
 }
 
 /* Probabilities again from the saved log-sum, P = e^(S - lse), and dS = P (dP - delta); both as rows, dS packed. */
-V_INLINE void PP(score_gradient)(int64_t rows, int64_t key0, const float *limit,
-    const float *start, const float *lse, const float *delta, const float *score, float *p,
-    float *dp, LANE *ds)
+V_INLINE void PP(score_gradient)(int64_t rows, int64_t key0, const float *limit, const float *start,
+    const float *lse, const float *delta, const float *score, float *p, float *dp, LANE *ds)
 {
     for (int64_t j = 0; j < TILE_LANES; j += VL) {
         vf end = v_sub(v_load(limit + j), v_set1((float)key0));
@@ -279,18 +276,18 @@ static void FP(attend_back_panel)(
     const struct PP(back_space) * s, int64_t d, int64_t l, int64_t key0, int64_t m)
 {
     int64_t dk = PP(padded_dim)(d), dp = padded(dk), steps = dk / STEP, at = l / STEP * dp;
-    FP(block_product)(m, TILE_LANES, steps, s->keys, dp, s->queries + l * steps, TILE_LANES, s->p,
-        TILE_LANES, 0);
-    FP(block_product)(m, TILE_LANES, steps, s->values, dp, s->dout + l * steps, TILE_LANES, s->dp,
-        TILE_LANES, 0);
-    PP(score_gradient)(m, key0, s->limit + l, s->start + l, s->lse + l, s->delta + l, s->p, s->p,
-        s->dp, s->ds);
+    FP(block_product)(
+        m, TILE_LANES, steps, s->keys, dp, s->queries + l * steps, TILE_LANES, s->p, TILE_LANES, 0);
+    FP(block_product)(
+        m, TILE_LANES, steps, s->values, dp, s->dout + l * steps, TILE_LANES, s->dp, TILE_LANES, 0);
+    PP(score_gradient)(
+        m, key0, s->limit + l, s->start + l, s->lse + l, s->delta + l, s->p, s->p, s->dp, s->ds);
     FP(element_rows)(s->p, m, TILE_LANES, s->p_rows);
     FP(element_rows)(s->dp, m, TILE_LANES, s->ds_rows);
-    FP(block_product)(m, dp, TILE_LANES / STEP, s->p_rows, TILE_LANES, s->dout_rows + at, dp,
-        s->dv, dp, 1);
-    FP(block_product)(m, dp, TILE_LANES / STEP, s->ds_rows, TILE_LANES, s->query_rows + at, dp,
-        s->dk, dp, 1);
+    FP(block_product)(
+        m, dp, TILE_LANES / STEP, s->p_rows, TILE_LANES, s->dout_rows + at, dp, s->dv, dp, 1);
+    FP(block_product)(
+        m, dp, TILE_LANES / STEP, s->ds_rows, TILE_LANES, s->query_rows + at, dp, s->dk, dp, 1);
     FP(block_product)(d, TILE_LANES, m / STEP, s->turned_keys, KEYS, s->ds, TILE_LANES,
         s->dq + l * d, TILE_LANES, 1);
 }

@@ -20,23 +20,6 @@ V_INLINE void soften_row(float *score, int64_t n, float *maximum, float *sum)
     *sum = v_sum(total);
 }
 
-/* score[j] = q . keys[j] for VL keys: partial sums of each, turned, so that the last sums run along the lanes. */
-V_INLINE void dot_keys(const float *q, const float *keys, int64_t stride, float *score)
-{
-    float part[VL * VL], turned[VL * VL];
-    for (int64_t j = 0; j < VL; j++) {
-        vf s = v_zero();
-        for (int64_t i = 0; i < stride; i += VL)
-            s = v_fma(v_load(q + i), v_load(keys + j * stride + i), s);
-        v_store(part + j * VL, s);
-    }
-    v_transpose(part, VL, turned, VL);
-    vf sum = v_load(turned);
-    for (int64_t i = 1; i < VL; i++)
-        sum = v_add(sum, v_load(turned + i * VL));
-    v_store(score, sum);
-}
-
 /* The result of a query over a part of the context: a maximum, a sum, dp outputs not yet divided by it. */
 V_INLINE int64_t part_floats(int64_t head_dim) { return padded(head_dim) + 2; }
 
@@ -46,15 +29,16 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
 {
     int64_t d = a->head_dim, dp = padded(d), width = a->n_head_kv * d, n = end - key0;
     int64_t stride = SPLIT_KEYS, n_past = a->n_past ? *a->n_past : 0;
-    float *q = (float *)(void *)scratch, *rows = q + b->lanes * dp, *out = rows + KEYS * dp;
-    float *score = out + b->lanes * dp;
-    FN(load_queries)(b, a->q, a->n_query, a->n_head, d, a->scale, 0, b->lanes, q, dp);
+    int64_t lanes = padded(b->lanes);
+    float *q = (float *)(void *)scratch, *turned = q + lanes * dp, *rows = turned + lanes * dp;
+    float *part = rows + KEYS * dp, *out = part + KEYS * lanes, *score = out + lanes * dp;
+    FN(load_queries)(b, a->q, a->n_query, a->n_head, d, a->scale, 0, lanes, q, dp);
+    FN(transpose)(q, dp, lanes, d, turned, lanes);
     for (int64_t j = 0; j < n; j += KEYS) {
         int64_t some = n - j < KEYS ? n - j : KEYS, row = b->seq * a->kv_seq_rows + key0 + j;
         FN(load_keys)(a->k, (int)a->k_type, row, some, width, b->head * d, d, rows, dp);
-        for (int64_t l = 0; l < b->lanes; l++)
-            for (int64_t i = 0; i < some; i += VL)
-                dot_keys(q + l * dp, rows + i * dp, dp, score + l * stride + j + i);
+        CAT(block_product_f32, VARIANT)(KEYS, lanes, d, rows, dp, turned, lanes, part, lanes, 0);
+        FN(transpose)(part, lanes, KEYS, lanes, score + j, stride);
     }
     for (int64_t l = 0; l < b->lanes; l++) {
         int64_t token = b->first + l / b->group, sees = n_past + token + 1 - key0;
@@ -83,12 +67,13 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
 }
 
 /* Joins the parts of one query; each `stride` floats from the one before. */
-static void FN(join_parts)(const float *part, int64_t n_parts, int64_t stride, int64_t d,
-    float *out, float *lse)
+static void FN(join_parts)(
+    const float *part, int64_t n_parts, int64_t stride, int64_t d, float *out, float *lse)
 {
     float top = -1e30f, sum = 0;
     for (int64_t i = 0; i < n_parts; i++)
-        top = part[i * stride] > top || part[i * stride] != part[i * stride] ? part[i * stride] : top;
+        top =
+            part[i * stride] > top || part[i * stride] != part[i * stride] ? part[i * stride] : top;
     for (int64_t i = 0; i < n_parts; i++)
         sum += part[i * stride + 1] * expf(part[i * stride] - top);
     for (int64_t c = 0; c < d; c += VL) {

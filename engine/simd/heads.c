@@ -5,12 +5,13 @@
  * block is query token first + l / group, head group head + l % group. */
 
 enum {
-    KEYS = 64,          /* keys that pass at a time */
-    QUERY_LANES = 256,  /* queries of a block in the forward pass */
-    BACK_LANES = 1024,  /* and on the way back, where they stand in four forms */
+    KEYS = 64,         /* keys that pass at a time */
+    QUERY_LANES = 256, /* queries of a block in the forward pass */
+    BACK_LANES = 1024, /* and on the way back, where they stand in four forms */
 };
 
-_Static_assert((int)TILE_LANES <= (int)KEYS, "a panel of queries and a block of keys share a buffer");
+_Static_assert(
+    (int)TILE_LANES <= (int)KEYS, "a panel of queries and a block of keys share a buffer");
 
 struct query_block {
     int64_t seq, head, first, tokens, group, lanes;

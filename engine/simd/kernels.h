@@ -160,7 +160,7 @@ struct attention_args {
 };
 
 enum {
-    FEW_QUERIES = GEMV_TOKENS, /* up to here queries go one by one */
+    FEW_QUERIES = 16, /* up to here queries go one by one */
     SPLIT_KEYS = 256,          /* and the context in such parts */
 };
 

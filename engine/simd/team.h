@@ -17,7 +17,7 @@ struct team {
 struct worker {
     int index, count;
     struct team *team;
-    char *scratch; /* WORKER_SCRATCH bytes of its own, 64-byte aligned */
+    char *scratch;   /* WORKER_SCRATCH bytes of its own, 64-byte aligned */
     int64_t *waited; /* nanoseconds at barriers, if they are asked for */
 };
 
