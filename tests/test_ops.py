@@ -431,9 +431,8 @@ def test_a_cache_may_be_of_any_two_types(
     for types in [(dtypes.Q8_0, dtypes.Q4_0), (dtypes.BF16, dtypes.F32), (dtypes.F16, dtypes.Q8_0)]:
         q = random(rng, n_query, n_head * dim)
         data = [guarded(reference.encode(t, random(rng, n_key, n_head_kv * dim))) for t in types]
-        k, v = (
-            reference.decode_row(t, d).reshape(n_key, -1) for t, d in zip(types, data, strict=True)
-        )
+        pairs = list(zip(types, data, strict=True))
+        k, v = (reference.decode_row(t, d).reshape(n_key, -1) for t, d in pairs)
         caches = [stored(d, t, n_key, n_head_kv * dim) for t, d in pairs]
         past, args = np.array([n_past], np.int32), (1, n_head, n_head_kv, dim**-0.5)
         (y,) = compute(
