@@ -62,7 +62,7 @@ BY_ID = {
 }
 
 # How a cache may keep keys and values, by the names that options use.
-CACHE_TYPES = {t.name.lower(): t for t in (F32, F16)}
+CACHE_TYPES = {t.name.lower(): t for t in (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL)}
 
 # Ids that GGUF files once used and that no reader supports any more.
 REMOVED = {

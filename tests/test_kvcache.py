@@ -14,13 +14,24 @@ from engine.kvcache import KVCache
 from engine.rope import Rope
 from engine.self_extend import GroupAttention
 from engine.tensor import Tensor
+from tests import reference
 
 N_LAYER, N_CTX, N_HEAD, HEAD_DIM = 2, 24, 3, 32
 WIDTH = N_HEAD * HEAD_DIM
 ROPE = Rope(HEAD_DIM, scaling="yarn", freq_scale=0.5, original_context=64)
 
 # What storing a number again and again may change, as a part of the row's largest.
-PRECISION = {"f32": 1e-6, "f16": 1e-3, "bf16": 8e-3}
+PRECISION = {
+    "f32": 1e-6,
+    "f16": 1e-3,
+    "bf16": 8e-3,
+    "q8_0": 1e-2,
+    "q5_1": 0.04,
+    "q5_0": 0.07,
+    "q4_1": 0.07,
+    "q4_0": 0.13,
+    "iq4_nl": 0.13,
+}
 
 
 def filled(rng: np.random.Generator, dtype: DType, n: int) -> tuple[KVCache, list[np.ndarray]]:
@@ -94,6 +105,55 @@ def test_positions_go_on_behind_the_last(rng: np.random.Generator) -> None:
     assert list(cache.positions[:5]) == [0, 1, 2, 3, 4]
     cache.truncate(0)
     assert cache.next_position == 0
+
+
+def test_a_head_is_whole_blocks() -> None:
+    KVCache(1, 8, 3, 8, CACHE_TYPES["bf16"], CACHE_TYPES["f32"])
+    for types in (("q8_0", "f16"), ("f16", "q4_0")):
+        with pytest.raises(ShapeError, match="heads of 8 are not whole blocks of 32"):
+            KVCache(1, 8, 3, 8, *(CACHE_TYPES[t] for t in types))
+
+
+def test_a_cache_takes_the_bytes_of_its_types() -> None:
+    cache = KVCache(2, 10, 3, 32, CACHE_TYPES["q8_0"], CACHE_TYPES["q4_0"])
+    assert cache.n_bytes == 2 * 10 * 3 * (34 + 18)
+
+
+@pytest.mark.parametrize("keys", CACHE_TYPES)
+@pytest.mark.parametrize("values", ["f32", "f16", "q4_1"])
+def test_attention_sees_what_is_stored(
+    isa: str, rng: np.random.Generator, keys: str, values: str
+) -> None:
+    """Over a cache of any two types: as over the numbers that its rows decode to."""
+    n_past, n_new = 70, 11
+    cache = KVCache(1, n_past + n_new, N_HEAD, HEAD_DIM, CACHE_TYPES[keys], CACHE_TYPES[values])
+    cache.positions = np.zeros(n_past + n_new, np.int32)
+    for n in (n_past, n_new):
+        graph = Graph(2, isa)
+        for tensor in (cache.keys[0], cache.values[0]):
+            x = rng.standard_normal((n, WIDTH)).astype(np.float32)
+            ops.cache_store(graph, Tensor.external("x", x, n, WIDTH), tensor, cache.n_past)
+        q = rng.standard_normal((n, 2 * WIDTH)).astype(np.float32)
+        given = Tensor.external("q", q, n, 2 * WIDTH)
+        out = graph.keep(
+            ops.attention(
+                graph,
+                given,
+                cache.keys[0],
+                cache.values[0],
+                1,
+                2 * N_HEAD,
+                N_HEAD,
+                0.2,
+                cache.n_past,
+            )
+        )
+        graph.plan()
+        graph.run()
+        cache.append(n)
+    seen = [rows(t[0], n_past + n_new) for t in (cache.keys, cache.values)]
+    want = reference.attention(q, *seen, 1, 2 * N_HEAD, N_HEAD, 0.2, n_past)
+    np.testing.assert_allclose(out.numpy(), want, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("keep, discard", [(-1, 2), (0, 0), (2, 5), (7, 1)])

@@ -95,6 +95,17 @@ def test_a_context_that_is_full_of_groups_ends_the_run(capfd):
     assert "main: context full and groups are not dropped => stopping" in told(arguments, capfd)
 
 
+def test_the_type_of_the_cache_changes_what_is_computed(capfdbinary):
+    """Coarser keys in a longer text; else the runs above would show nothing."""
+    wide = [word for word in RUNS["cache-q4_0-both"]["args"] if not word.startswith("-ct")]
+    wide = [word for word in wide if word not in ("q4_0", "-fa")]
+    texts = set()
+    for types in ([], ["-ctk", "q4_0"], ["-ctv", "q4_0"], ["-ctk", "bf16", "-ctv", "q5_0"]):
+        assert command.main(["-m", MODEL, *wide, "-n", "400", "-c", "256", *types]) == 0
+        texts.add(capfdbinary.readouterr().out)
+    assert len(texts) == 4
+
+
 def test_adapters_of_three_forms_work_together_as_one_form_does(tmp_path, capfdbinary):
     """The same two adapters, as .bin twice, and as GGUF and PEFT; each is told apart by content."""
     base = BaseInfo.of(Model.load(MODEL))
@@ -138,6 +149,8 @@ def test_adapters_of_three_forms_work_together_as_one_form_does(tmp_path, capfdb
         (["--override-kv", "llama.block_count=int:9"], "mini-f32.gguf: tensor blk.2."),
         (["--override-kv", "llama.attention.head_count=int:0"], "0 is out of range"),
         (["-ctk", "f8"], "'f8' is not one of "),
+        (["-ctk", "q8_0"], "a cache of keys as Q8_0: heads of 16 are not whole blocks of 32"),
+        (["-ctv", "q4_0"], "a cache of values as Q4_0: heads of 16 are not whole blocks of 32"),
         (["-sm", "all"], "'all' is not one of none, layer, row"),
         (["-ts", "1,x"], "'1,x' is not a number"),
         (["--control-vector", "nowhere.gguf"], "nowhere.gguf"),
