@@ -15,8 +15,14 @@ SANITIZE = os.environ.get("ENGINE_SANITIZE") == "1"
 WERROR = os.environ.get("ENGINE_WERROR") == "1"
 
 # Numbers are part of the kernels' contract: no contraction, no -ffast-math, no -march=native.
-C_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-D_POSIX_C_SOURCE=200809L"]
+C_FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-D_POSIX_C_SOURCE=200809L",
+]
 C_FLAGS += ["-fPIC", "-Wall", "-Wextra"]
 EXT_FLAGS = ["-O2", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-Wno-unused-function"]
 LINK_FLAGS = ["-fopenmp"]
