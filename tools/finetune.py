@@ -339,6 +339,7 @@ class _Job:
                 kept_layers=kept_layers,
                 n_threads=self._threads(),
                 compute=options.compute,
+                packed=options.pack_samples,
             )
 
         try:
@@ -442,7 +443,10 @@ class _Job:
         if not self.ranks.is_root:
             return 0
         batch, rows = batches.next(), self.ranks.rows(self.options.batch)
-        seconds = probe_seconds(lambda: trainer.evaluate(batch.inputs[rows], batch.targets[rows]))
+        starts = None if batch.starts is None else batch.starts[rows]
+        seconds = probe_seconds(
+            lambda: trainer.evaluate(batch.inputs[rows], batch.targets[rows], 1.0, starts)
+        )
         n_tokens = batch.inputs.size
         say(
             f"dry run: speed                = {n_tokens / seconds:.1f} tokens/s"

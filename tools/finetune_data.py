@@ -179,6 +179,7 @@ class Data:
             separate_with_eos=options.separate_with_eos,
             separate_with_bos=options.separate_with_bos,
             sample_random_offsets=options.sample_random_offsets,
+            pack_samples=options.pack_samples,
         )
         return Batches(samples, state.shuffle, rows)
 

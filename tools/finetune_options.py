@@ -64,6 +64,7 @@ class FinetuneOptions:
     separate_with_eos: bool
     separate_with_bos: bool
     sample_random_offsets: bool
+    pack_samples: bool
     force_reshuffle: bool
     use_flash: bool
     use_checkpointing: bool
@@ -239,6 +240,9 @@ _SAMPLES = in_group(
           "when filling, no begin-of-sequence token between samples", False, on=True),
     _flag("--sample-random-offsets", "sample_random_offsets",
           "begin the first sample of a row at a random token of it"),
+    _flag("--pack-samples", "pack_samples",
+          "as many samples as fit whole lie in a row, each as it would be in one of its own: none "
+          "sees another, positions begin anew, and no padding counts"),
     _flag("--force-reshuffle", "force_reshuffle",
           "forget the checkpoint's order of samples and shuffle anew from --seed"),
     _flag("--mask-prompt", "mask_prompt",
@@ -366,6 +370,10 @@ def parse(arguments: Sequence[str]) -> tuple[FinetuneOptions, Parsed]:
 
 def _check_together(options: FinetuneOptions) -> None:
     given = options.given
+    if options.pack_samples and options.fill_with_next_samples:
+        raise OptionError(
+            "--pack-samples: --fill-with-next-samples is given too; give one of the two"
+        )
     if options.memory_limit is not None and "use_checkpointing" in given:
         raise OptionError(
             "--memory-limit: it chooses what is computed again; leave out --use-checkpointing and"

@@ -395,6 +395,9 @@ class BatchOptions:
         Put these between the samples of a row.
     sample_random_offsets : bool
         A row's first sample begins at its drawn offset.
+    pack_samples : bool
+        As many samples as fit whole lie in a row, each as it would be in a row of its own: it
+        begins with a row's first token, sees nothing of the others, and no padding counts.
     """
 
     n_batch: int
@@ -405,6 +408,7 @@ class BatchOptions:
     separate_with_eos: bool = False
     separate_with_bos: bool = True
     sample_random_offsets: bool = False
+    pack_samples: bool = False
 
 
 class Batch(NamedTuple):
@@ -417,11 +421,15 @@ class Batch(NamedTuple):
         out, its target is -1.
     used : int
         Samples that went in.
+    starts : ndarray of shape (n_batch, n_ctx), int32, or None
+        Where in its row each token's sample begins, when samples are packed; None: at the row's
+        begin.
     """
 
     inputs: IntArray
     targets: IntArray
     used: int
+    starts: IntArray | None = None
 
 
 class Batches:
@@ -462,6 +470,12 @@ class Batches:
 
     def next(self) -> Batch:
         """Draw a batch and move on; past the last sample it wraps within the old order."""
+        batch = self._packed() if self.options.pack_samples else self._filled()
+        self._advance(batch.used)
+        return batch
+
+    def _filled(self) -> Batch:
+        """Rows of a sample each, or with others behind it."""
         n_batch, n_ctx = self.options.n_batch, self.options.n_ctx
         targets = np.full((n_batch, n_ctx), self.options.eos, dtype=np.int32)
         counts = np.full((n_batch, n_ctx), self.samples.mask is None)
@@ -472,8 +486,37 @@ class Batches:
         inputs[:, 0] = self._begin_token
         inputs[:, 1:] = targets[:, :-1]
         targets[~counts] = NO_TARGET
-        self._advance(used)
         return Batch(inputs, targets, used)
+
+    def _packed(self) -> Batch:
+        """Rows of as many samples as fit whole, each as in a row of its own."""
+        shape = (self.options.n_batch, self.options.n_ctx)
+        inputs = np.full(shape, self.options.eos, dtype=np.int32)
+        targets = np.full(shape, NO_TARGET, dtype=np.int32)
+        starts = np.zeros(shape, dtype=np.int32)
+        used = 0
+        for row in range(shape[0]):
+            used += self._pack_row(inputs[row], targets[row], starts[row], used)
+        return Batch(inputs, targets, used, starts)
+
+    def _pack_row(self, inputs: IntArray, targets: IntArray, starts: IntArray, used: int) -> int:
+        """Fill a row; returns how many samples it holds, one at the least."""
+        place = self._sample(used, self.options.sample_random_offsets)
+        begin, n = 0, 0
+        while place.stop - place.start <= len(inputs) - begin:
+            tokens = self.samples.tokens[place]
+            end = begin + len(tokens)
+            inputs[begin] = self._begin_token
+            inputs[begin + 1 : end] = tokens[:-1]
+            mask = self.samples.mask
+            targets[begin:end] = (
+                tokens if mask is None else np.where(mask[place], tokens, NO_TARGET)
+            )
+            starts[begin:end] = begin
+            begin, n = end, n + 1
+            place = self._sample(used + n, at_offset=False)
+        starts[begin:] = begin  # padding sees itself, and nobody sees it
+        return n
 
     def _fill_row(self, row: IntArray, counts: MaskArray, used: int) -> int:
         """Fill a row of padding with one sample, or as many as fit; returns how many."""

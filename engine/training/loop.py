@@ -21,7 +21,7 @@ import numpy as np
 
 from engine.errors import EngineError
 from engine.lora import FloatArray
-from engine.training.data import Batches, IntArray
+from engine.training.data import Batch, Batches, IntArray
 from engine.training.report import EvaluationReport, IterationReport
 from engine.training.state import TrainingState
 
@@ -29,7 +29,9 @@ from engine.training.state import TrainingState
 class Evaluate(Protocol):
     """Forward and backward pass of one batch."""
 
-    def __call__(self, inputs: IntArray, targets: IntArray, weight: float) -> float:
+    def __call__(
+        self, inputs: IntArray, targets: IntArray, weight: float, starts: IntArray | None
+    ) -> float:
         """Return the mean loss; add `weight` times its gradient to the run's gradient array."""
 
 
@@ -174,7 +176,7 @@ class Run:
         are copied into the optimizer and are afterwards the optimizer's own arrays.
     batches : Batches
         Made from ``state.shuffle``.
-    evaluate : callable (inputs, targets, weight) -> float
+    evaluate : callable (inputs, targets, weight, starts) -> float
         Adds to `grad`.
     grad : ndarray of shape (n_parameters,), float32
         Zeroed here before the first evaluation, and by the optimizer in each update.
@@ -335,8 +337,9 @@ class Run:
         total = np.float32(0)
         self._begin_iteration()
         for _ in range(n):
-            inputs, targets = self._draw()
-            total += np.float32(self._evaluate_batch(inputs, targets, float(weight)))
+            batch = self._draw()
+            parts = batch.inputs, batch.targets, float(weight), batch.starts
+            total += np.float32(self._evaluate_batch(*parts))
         loss = total * weight
         self._last_loss = float(loss)
         self._norm = self._optimizer.norm(self._grad)
@@ -425,12 +428,12 @@ class Run:
             validation_loss=self._fresh_validation(),
         )
 
-    def _draw(self) -> tuple[IntArray, IntArray]:
+    def _draw(self) -> Batch:
         """Draw a batch; ends the run when its epochs are completed and used in an update."""
         state = self.state
         epochs = self._batches.epochs
-        inputs, targets, used = self._batches.next()
-        state.samples += used
+        batch = self._batches.next()
+        state.samples += batch.used
         if self._batches.epochs > epochs:
             state.epochs += 1
             self._on_reshuffle(state.epochs)
@@ -439,7 +442,7 @@ class Run:
                 self._epochs_seen_at = state.opt_iteration
             elif state.opt_iteration > self._epochs_seen_at:
                 raise _Finish(End.EPOCHS)
-        return inputs, targets
+        return batch
 
     @property
     def _n_tokens(self) -> int:

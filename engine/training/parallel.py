@@ -268,10 +268,16 @@ class DataParallel:
         self._stop_requested = stop_requested
         self._stopped = False
 
-    def evaluate(self, inputs: IntArray, targets: IntArray, weight: float = 1.0) -> float:
+    def evaluate(
+        self,
+        inputs: IntArray,
+        targets: IntArray,
+        weight: float = 1.0,
+        starts: IntArray | None = None,
+    ) -> float:
         """Mean loss of a batch; adds `weight` times its gradient, as `Trainer.evaluate` does."""
         if self._comm.size == 1:
-            return self._trainer.evaluate(inputs, targets, weight)
+            return self._trainer.evaluate(inputs, targets, weight, starts)
         counted = max(1, int((targets >= 0).sum()))
         self._n_done += 1
         completes = self._n_done % self._n_evaluations == 0
@@ -279,6 +285,7 @@ class DataParallel:
             inputs[self._rows],
             targets[self._rows],
             weight / counted,
+            None if starts is None else starts[self._rows],
             self._begin_sum if completes else None,
         )
         return self._sum([total, self._stop_requested()])[0] / counted

@@ -38,6 +38,8 @@ class _Pass:
     Attributes
     ----------
     ids, targets : ndarray of shape (n_tokens,), int32
+    starts, positions : ndarray of shape (n_tokens,), int32
+        Of packed rows: where in its row each token's sample begins, and the token's place in it.
     weight : ndarray of shape (1,), float32
         Factor of the gradient of the losses' sum.
     losses : list of Tensor
@@ -56,19 +58,25 @@ class _Pass:
         gradients: bool,
         checkpointing: bool,
         kept_layers: int,
+        packed: bool,
     ) -> None:
         n_batch, n_ctx = shape
         h = model.hparams
         self.graph = graph
         self.ids = np.zeros(n_batch * n_ctx, np.int32)
         self.targets = np.zeros(n_batch * n_ctx, np.int32)
+        self.starts = np.zeros(n_batch * n_ctx, np.int32)
+        self._in_row = np.tile(np.arange(n_ctx, dtype=np.int32), n_batch)
+        self.positions = self._in_row.copy()
         self.weight = np.zeros(1, np.float32)
         self.losses: list[Tensor] = []
+
+        first_key = self.starts if packed else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             pairs = ops.multiplies_pairs(graph, model.weights.by_name[f"blk.{layer}.attn_q"])
             sizes = (n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
-            return ops.attention(graph, q, k, v, *sizes, pairs=pairs)
+            return ops.attention(graph, q, k, v, *sizes, first_key=first_key, pairs=pairs)
 
         builder = model.architecture.Builder(
             graph,
@@ -76,7 +84,7 @@ class _Pass:
             model.weights.by_name,
             adapters,
             self.ids,
-            np.tile(np.arange(n_ctx, dtype=np.int32), n_batch),
+            self.positions,
             model.rope_tables(range(n_ctx)),
             attend,
         )
@@ -122,6 +130,7 @@ class _Pass:
         self,
         inputs: NDArray[np.int32],
         targets: NDArray[np.int32],
+        starts: NDArray[np.int32] | None,
         weight: float,
         parts: list[FinalPart],
         on_final: OnFinal,
@@ -129,6 +138,8 @@ class _Pass:
         """Run with these inputs, telling of each part when it is final; the sum of the losses."""
         self.ids[:] = inputs.reshape(-1)
         self.targets[:] = targets.reshape(-1)
+        self.starts[:] = 0 if starts is None else starts.reshape(-1)
+        np.subtract(self._in_row, self.starts, out=self.positions)
         self.weight[0] = weight
         first = 0
         for step, begin, end in parts:
@@ -159,6 +170,8 @@ class Trainer:
         float32 sums, or what is faster here.
     isa : str, optional
         Kernel variant.
+    packed : bool
+        Rows may hold several samples that do not see each other.
 
     Attributes
     ----------
@@ -188,6 +201,7 @@ class Trainer:
         n_threads: int = 2,
         compute: str = "auto",
         isa: str | None = None,
+        packed: bool = False,
     ) -> None:
         self.shape = (n_batch, n_ctx)
         self.grad: NDArray[np.float32] = np.zeros_like(adapter.flat)
@@ -195,9 +209,11 @@ class Trainer:
         self.n_threads = n_threads
         self._isa = isa
         self._pairs = _in_pairs(compute, isa)
+        self._packed = packed
+        self._parts: list[FinalPart] | None = None
         self._places: dict[Tensor, tuple[int, int]] = {}
         self._tensors = self._parameters(adapter)
-        self._training = self._plan(True, checkpointing, kept_layers)
+        self._training = self._plan(True, checkpointing, kept_layers, packed)
         self._forward: _Pass | None = None
         self.memory_bytes = self._training.graph.arena_bytes
         self.work_bytes = self._training.graph.scratch_bytes
@@ -223,7 +239,13 @@ class Trainer:
             tensors[name] = AdapterTensors(a, b, adapter.scale)
         return tensors
 
-    def _plan(self, gradients: bool, checkpointing: bool = False, kept_layers: int = 0) -> _Pass:
+    def _plan(
+        self,
+        gradients: bool,
+        checkpointing: bool = False,
+        kept_layers: int = 0,
+        packed: bool = False,
+    ) -> _Pass:
         graph = Graph(self.n_threads, self._isa)
         graph.pairs = self._pairs
         return _Pass(
@@ -234,6 +256,7 @@ class Trainer:
             gradients=gradients,
             checkpointing=checkpointing,
             kept_layers=kept_layers,
+            packed=packed,
         )
 
     def _check(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
@@ -244,8 +267,20 @@ class Trainer:
         if low < 0 or high >= n_vocab:
             raise DataError(f"a token of the batch is outside of the vocabulary of {n_vocab}")
 
+    def _check_starts(self, starts: NDArray[np.int32] | None) -> None:
+        if starts is None:
+            return
+        if not self._packed or starts.shape != self.shape:
+            raise DataError(f"packed rows of {starts.shape} are not for this trainer")
+        if starts.min() < 0 or (starts > np.arange(self.shape[1])).any():
+            raise DataError("a sample of a packed row begins behind one of its tokens")
+
     def evaluate(
-        self, inputs: NDArray[np.int32], targets: NDArray[np.int32], weight: float = 1.0
+        self,
+        inputs: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        weight: float = 1.0,
+        starts: NDArray[np.int32] | None = None,
     ) -> float:
         """Mean loss of a batch; adds `weight` times its gradient to `grad`.
 
@@ -254,6 +289,9 @@ class Trainer:
         inputs, targets : ndarray of shape (n_batch, n_ctx), int32
             Token ids; a target of -1 does not count.
         weight : float
+        starts : ndarray of shape (n_batch, n_ctx), int32, optional
+            Of packed rows: where in its row each token's sample begins. A token sees nothing before
+            that, and has its position from there.
 
         Raises
         ------
@@ -261,20 +299,21 @@ class Trainer:
             If the shapes are others or an id is not in the vocabulary.
         """
         counted = max(1, int((targets >= 0).sum()))
-        return self.accumulate(inputs, targets, weight / counted) / counted
+        return self.accumulate(inputs, targets, weight / counted, starts) / counted
 
     def accumulate(
         self,
         inputs: NDArray[np.int32],
         targets: NDArray[np.int32],
         weight: float,
+        starts: NDArray[np.int32] | None = None,
         on_final: OnFinal | None = None,
     ) -> float:
         """Sum of the losses of a batch; adds `weight` times its gradient to `grad`.
 
         Parameters
         ----------
-        inputs, targets
+        inputs, targets, starts
             As in `evaluate`.
         weight : float
         on_final : callable (begin, end), optional
@@ -282,9 +321,12 @@ class Trainer:
             `grad` is told of once, its end first.
         """
         self._check(inputs, targets)
+        self._check_starts(starts)
         if on_final is None:
-            return self._training.run(inputs, targets, weight, [], _ignored)
-        return self._training.run(inputs, targets, weight, self._final_parts(), on_final)
+            return self._training.run(inputs, targets, starts, weight, [], _ignored)
+        if self._parts is None:
+            self._parts = self._final_parts()
+        return self._training.run(inputs, targets, starts, weight, self._parts, on_final)
 
     def _final_parts(self) -> list[FinalPart]:
         """Parts of the gradient in the order in which they become final.
@@ -312,7 +354,7 @@ class Trainer:
         self._check(inputs, targets)
         if self._forward is None:
             self._forward = self._plan(gradients=False)
-        total = self._forward.run(inputs, targets, 0.0, [], _ignored)
+        total = self._forward.run(inputs, targets, None, 0.0, [], _ignored)
         return total, int((targets >= 0).sum())
 
 

@@ -596,6 +596,29 @@ def test_a_save_that_works_again_is_all_that_counts(train, monkeypatch):
     assert read_checkpoint("chk-LATEST.gguf").state.opt_iteration == 4
 
 
+# ---------------------------------------------------------------- several samples a row
+
+
+def test_packed_rows_take_more_samples_and_give_one_result_whatever_the_threads(train):
+    shape = ["--sample-start", "\n", "--ctx", "64", "--adam-iter", "2"]
+    out = train(*shape)[1]
+    assert re.findall(r"iter= +\d+ sample=(\d+)/", out) == ["1", "3", "5"]
+    packed = []
+    for n_threads in "123":
+        status, out, _ = train(*shape, "--pack-samples", "--threads", n_threads)
+        assert status == 0
+        places = [int(n) for n in re.findall(r"iter= +\d+ sample=(\d+)/", out)]
+        packed.append((places, Path("lora-2.bin").read_bytes()))
+    assert places[1] > 3 and places[2] > places[1]
+    assert packed[1:] == packed[:1] * 2
+
+
+def test_packing_and_filling_contradict_each_other(train):
+    status, _, err = train("--pack-samples", "--fill-with-next-samples")
+    assert status == 1
+    assert "--pack-samples: --fill-with-next-samples is given too" in err
+
+
 # ---------------------------------------------------------------- the same bytes whatever the way
 
 

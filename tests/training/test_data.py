@@ -381,7 +381,7 @@ def test_rows_are_filled_as_token_by_token(rng, fill, offsets, with_eos, with_bo
     next_sample, rng_state = 0, state.rng_state
     for _ in range(20):
         shuffled = shuffle(samples.size, rng_state)
-        inputs, targets, used = batches.next()
+        inputs, targets, used, _ = batches.next()
         expected = plain_batch(samples, shuffled, next_sample, options)
         assert np.array_equal(inputs, expected[0])
         assert np.array_equal(targets, expected[1])

@@ -29,7 +29,7 @@ class Bowl:
         self.x, self.grad = x, grad
         self.losses = []
 
-    def __call__(self, inputs, targets, weight):
+    def __call__(self, inputs, targets, weight, starts=None):
         wanted = targets.ravel()[: self.x.size].astype(np.float64) / 10
         distance = self.x.astype(np.float64) - wanted
         self.grad += weight * distance / distance.size
@@ -43,7 +43,7 @@ class Script:
     def __init__(self, losses):
         self.losses = list(losses)
 
-    def __call__(self, inputs, targets, weight):
+    def __call__(self, inputs, targets, weight, starts=None):
         return self.losses.pop(0) if len(self.losses) > 1 else self.losses[0]
 
 

@@ -103,7 +103,7 @@ def test_parts_of_the_gradient_are_told_of_once_and_are_final(model, rng, monkey
     inputs, targets = batch(model, rng)
     told = []
     total = trainer.accumulate(
-        inputs, targets, 0.5, lambda a, b: told.append((a, b, trainer.grad[a:b].copy()))
+        inputs, targets, 0.5, None, lambda a, b: told.append((a, b, trainer.grad[a:b].copy()))
     )
     assert total == again.accumulate(inputs, targets, 0.5)
     assert trainer.grad.any() and np.array_equal(trainer.grad, again.grad)
@@ -119,7 +119,7 @@ def test_parts_of_the_gradient_are_told_of_once_and_are_final(model, rng, monkey
 def test_a_small_gradient_is_told_of_in_one_part(model, rng):
     trainer, told = trained(model, N_BATCH), []
     assert trainer.grad.nbytes < PART_BYTES
-    trainer.accumulate(*batch(model, rng), 1.0, lambda a, b: told.append((a, b)))
+    trainer.accumulate(*batch(model, rng), 1.0, None, lambda a, b: told.append((a, b)))
     assert told == [(0, trainer.grad.size)]
 
 
@@ -162,6 +162,23 @@ def test_ranks_find_the_loss_and_gradient_of_one_process(model, rng, size):
         assert np.array_equal(grad, results[0][1])
         assert rank_loss == pytest.approx(loss, rel=1e-6)
         assert rank_counted == counted
+
+
+def test_packed_rows_are_shared_with_the_begins_of_their_samples(model, rng):
+    inputs, targets = batch(model, rng)
+    starts = np.zeros_like(inputs)
+    starts[:, 5:] = 5
+    starts[3, 9:] = 9
+    one = trained(model, N_BATCH, packed=True)
+    expected = one.evaluate(inputs, targets, 1.0, starts)
+
+    def work(comm):
+        rows = rows_of(N_BATCH, comm.rank, comm.size)
+        trainer = trained(model, rows.stop - rows.start, packed=True)
+        return DataParallel(trainer, comm, N_BATCH).evaluate(inputs, targets, 1.0, starts)
+
+    assert Threads(2).run(work) == pytest.approx([expected] * 2, rel=1e-6)
+    assert expected != pytest.approx(one.evaluate(inputs, targets), rel=1e-4)
 
 
 def test_one_rank_alone_computes_the_very_bits_of_a_trainer(model, rng):
