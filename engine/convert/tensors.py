@@ -13,7 +13,7 @@ from engine.convert.config import Config
 from engine.convert.folder import Source
 from engine.dtypes import BF16, F16, F32, Q8_0, DType
 from engine.errors import DataError, EngineError, FormatError
-from engine.kernels import decode, encode_bf16, encode_f16
+from engine.kernels import decode, encode, find_invalid
 
 PIECE_BYTES = 1 << 22  # of the source: what is in memory at a time, with its copies
 
@@ -201,54 +201,20 @@ def _rotation_order(rows: NDArray[np.uint8], head_dim: int) -> NDArray[np.uint8]
 
 def _encoded(tensor: Planned, piece: NDArray[np.uint8], first_row: int) -> NDArray[np.uint8]:
     dtype, stored = tensor.dtype, _STORED.get(tensor.source.entry.dtype)
-    if stored is dtype:
-        return piece  # the same bits
     flat = piece.reshape(-1)
+    if stored is dtype:
+        return flat  # the same bits
     if stored is None:
-        doubles = flat.view("<f8")
-        with np.errstate(over="ignore"):
-            values = doubles.astype(np.float32)
-        _refuse(tensor, np.isinf(values) & np.isfinite(doubles), first_row, prod(tensor.shape[1:]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = flat.view("<f8").astype(np.float32)
     else:
         values = decode(stored.id, flat, flat.size // stored.block_bytes)
-    if dtype is F32:
-        return values.view(np.uint8)
-    if dtype is BF16:
-        return encode_bf16(values).view(np.uint8)
-    row = prod(tensor.shape[1:])
-    if dtype is F16:
-        halves = encode_f16(values)
-        _refuse(tensor, np.isinf(halves.view(np.float16)) & np.isfinite(values), first_row, row)
-        return halves.view(np.uint8)
-    return _encode_q8_0(tensor, values, first_row, row)
-
-
-def _encode_q8_0(
-    tensor: Planned, values: NDArray[np.float32], first_row: int, row: int
-) -> NDArray[np.uint8]:
-    """Blocks of 32: scale max |x| / 127 as half, codes by the scale before it was rounded."""
-    blocks = values.reshape(-1, Q8_0.block)
-    largest = np.abs(blocks).max(axis=1)
-    _refuse(tensor, ~np.isfinite(largest) | (largest / 127 > 65504), first_row, row // Q8_0.block)
-    scale = largest / np.float32(127)
-    # 1 / scale is infinite below 2.9e-39; such a block is zero.
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / scale
-    inverse[~np.isfinite(inverse)] = 0
-    scaled = np.abs(blocks * inverse[:, None])
-    whole = np.floor(scaled)
-    whole += np.floor(2 * (scaled - whole))  # to nearest, ties away from zero
-    codes = np.copysign(whole, blocks).astype(np.int8)
-    out = np.empty((len(blocks), Q8_0.block_bytes), np.uint8)
-    out[:, :2] = encode_f16(scale).view(np.uint8).reshape(-1, 2)
-    out[:, 2:] = codes.view(np.uint8)
-    return out.reshape(-1)
-
-
-def _refuse(tensor: Planned, bad: NDArray[np.bool_], first_row: int, row: int) -> None:
-    if bad.any():
-        n, at = int(bad.sum()), int(bad.argmax())
+    out = encode(dtype.id, values)
+    block = find_invalid(dtype.id, out, values.size)
+    if block >= 0:
+        row = first_row + block * dtype.block // prod(tensor.shape[1:])
         raise DataError(
-            f"{tensor.source.path}: tensor {tensor.published}: row {first_row + at // row}: "
-            f"{n} values or blocks do not fit {tensor.dtype.name}; use --outtype bf16 or f32"
+            f"{tensor.source.path}: tensor {tensor.published}: row {row}: a value does not fit "
+            f"{dtype.name}, or is infinite or NaN; use --outtype bf16 or f32"
         )
+    return out
