@@ -85,9 +85,10 @@ def _export(options: ExportLoraOptions) -> None:
     for line in lines:
         say(line)
     if drowned:
+        mend = "--type f32 keeps" if options.rescue else "--rescue bf16 or --type f32 keeps more of"
         note(
             f"warning: in {len(drowned)} tensors ({drowned[0]} the first) rounding is larger than "
-            "what the adapters change; --rescue bf16 keeps such changes"
+            f"what the adapters change; {mend} such changes"
         )
     log(f"wrote '{options.model_out}'")
 
