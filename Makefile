@@ -22,11 +22,12 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# PEERS: interpreters that have llama-cpp-python or PyTorch, to compare with.
 bench: $(STAMP)
 	# NumPy's threads, which check results, go on spinning for a while and would take the kernels' cores.
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest bench -q -s -o python_files='bench_*.py' --benchmark-only \
 		--benchmark-columns=median,rounds
-	$(BIN)/python bench/commands.py
+	$(BIN)/python -m bench.compare $(PEERS:%=--python %)
 
 lint: .venv-dev/.installed
 	PATH="$(CURDIR)/.venv-dev/bin:$$PATH" sh tests/lint.sh
@@ -45,13 +46,13 @@ sanitize: .venv-sanitize/.installed
 		'pytest-benchmark>=4' 'cython>=3.0.10' 'setuptools>=77'
 	touch $@
 
-# The tables of options, the README's figures and those on scaling, from their sources; tests/test_docs.py compares.
+# The tables of options, of figures and on scaling, from their sources; tests/test_docs.py compares.
 docs: $(STAMP)
 	for command in $$($(BIN)/python -m engine.tools.options); do \
 		{ printf '# Options of `%s`\n\n' $$command && \
 		$(BIN)/python -m engine.tools.options $$command; } > docs/$$command-options.md || exit 1; \
 	done
-	$(BIN)/python bench/report.py
+	$(BIN)/python -m bench.report
 	$(BIN)/python bench/scaling.py
 
 clean:

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import ShapeError
 
-from engine.kernels cimport PROBE_FMA_FLOPS, WORKER_SCRATCH, kernels, op_fn, step, team_clock, team_run
+from engine.kernels cimport WORKER_SCRATCH, kernels, op_fn, step, team_clock, team_run
 from engine.kernels cimport table as table_of
 from engine.tensor cimport Tensor
 from libc.stdint cimport int64_t
@@ -271,11 +271,6 @@ cdef class Graph:
     def scratch_bytes(self) -> int:
         """Working space of all workers."""
         return <int64_t>self.n_threads * WORKER_SCRATCH
-
-    @property
-    def probe_flops(self) -> int:
-        """FLOPs of a thread in one step of an arithmetic probe (ops.probe)."""
-        return PROBE_FMA_FLOPS * self.table.lanes
 
     def run(self, int64_t first=0, end=None):
         """Execute steps first ... end - 1, all by default; a step is the node of its number.

@@ -31,6 +31,7 @@ cdef extern from "kernels.h" nogil:
         GEMV_TOKENS
         MAX_ROW
         PROBE_FMA_FLOPS
+        PROBE_TILES_FLOPS
         SQUARE_PART
         N_VARIANTS
     int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
@@ -235,7 +236,8 @@ cdef extern from "kernels.h" nogil:
         double (*sum_squares)(const float *x, int64_t n) noexcept nogil
         op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back
         op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer
-        op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_read
+        op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_tiles
+        op_fn probe_read
         op_fn square_sums, adamw
 
     struct variant:

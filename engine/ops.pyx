@@ -13,7 +13,8 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, add_args, attention_args,
+    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, PROBE_FMA_FLOPS,
+    PROBE_TILES_FLOPS, add_args, attention_args,
     attention_back_args, attention_part_bytes, back_packed_bytes, block_elements,
     cache_store_args, cross_entropy_args, embed_args, has_encoder, kernels, linear_args,
     linear_back_args, linear_packed_bytes, lora_down_args,
@@ -745,25 +746,45 @@ def cross_entropy(Graph graph, Tensor logits, targets, weight):
 cdef class Probe(Node):
     cdef probe_args a
 
-    def __init__(self, Tensor data, int64_t steps, sink):
+    def __init__(self, Tensor data, int64_t steps, unit, sink):
         self.inputs = () if data is None else (data,)
         self.outputs = ()
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor data
-        cdef float[::1] sink = self.recipe[2]
+        cdef float[::1] sink = self.recipe[3]
         self.a = probe_args(self.recipe[1], NULL, &sink[0])
         self.args = &self.a
-        if not self.inputs:
-            return table.probe_fma
-        data = self.inputs[0]
-        self.a.data, self.a.n = data.floats(), data.rows * data.cols
-        return table.probe_read
+        if self.inputs:
+            data = self.inputs[0]
+            self.a.data, self.a.n = data.floats(), data.rows * data.cols
+            return table.probe_read
+        if self.recipe[2] == "tiles":
+            return table.probe_tiles
+        return table.probe_pairs if self.recipe[2] == "pairs" else table.probe_fma
 
 
-def probe(Graph graph, int64_t steps=0, Tensor data=None):
+def probe(Graph graph, int64_t steps=0, Tensor data=None, unit="fma") -> int:
     """Arithmetic of `steps` steps without memory, or reading `data`: for measuring peaks.
 
-    A step is `Graph.probe_flops` FLOPs of each thread.
+    Parameters
+    ----------
+    graph : Graph
+    steps : int
+    data : Tensor, optional
+        Read instead, split among the threads.
+    unit : str
+        What computes: "fma" (float32 multiply-adds), "pairs" (products of bf16 pairs), "tiles".
+
+    Returns
+    -------
+    int
+        FLOPs of each thread; 0 where the variant has no such unit, and of reading.
     """
-    graph.add(Probe, data, steps, np.zeros(graph.n_threads, np.float32))
+    cdef const kernels *table = graph.table
+    flops = {"fma": PROBE_FMA_FLOPS * table.lanes,
+             "pairs": 2 * PROBE_FMA_FLOPS * table.lanes * (table.pairs >= 1),
+             "tiles": PROBE_TILES_FLOPS * (table.pairs == 2)}
+    require(unit in flops, f"no unit {unit!r} computes; there are {', '.join(flops)}")
+    graph.add(Probe, data, steps, unit, np.zeros(graph.n_threads, np.float32))
+    return steps * flops[unit]

@@ -10,10 +10,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from bench import report
 from engine.errors import OptionError
 from engine.tools.options import COMMANDS, OptionTable, table_of
 
@@ -52,14 +52,6 @@ def is_known(option: str) -> bool:
     return any(table.find(name) is not None for table in TABLES.values())
 
 
-def load_report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # ---------------------------------------------------------------- generated parts
 
 
@@ -69,32 +61,11 @@ def test_the_table_of_options_is_current(name: str, table: OptionTable) -> None:
     assert text_of(f"docs/{name}-options.md") == expected, "run make docs"
 
 
-def test_the_table_of_figures_is_current() -> None:
-    report = load_report()
-    text = text_of("README.md")
-    assert report.with_table(text, report.table(report.read_results())) == text, "run make docs"
-
-
-def test_the_table_of_figures_has_a_column_a_machine_and_leaves_gaps_empty() -> None:
-    report = load_report()
-
-    def result(name: str, **values: float) -> dict:
-        rows = [{"what": what, "value": v, "unit": "s"} for what, v in values.items()]
-        return {"processor": name, "threads": 2, "isa": "avx2", "rows": rows}
-
-    table = report.table({"a": result("A", start=0.0431, step=12.34), "b": result("B", step=678.9)})
-    assert table.splitlines() == [
-        "| | A, 2 threads, avx2 | B, 2 threads, avx2 |",
-        "| --- | ---: | ---: |",
-        "| start | 0.043 s |  |",
-        "| step | 12.3 s | 679 s |",
-    ]
-
-
-def test_a_readme_without_markers_is_an_error() -> None:
-    report = load_report()
-    with pytest.raises(ValueError, match="figures: begin"):
-        report.with_table(f"{report.END}\n{report.BEGIN}", "table")
+@pytest.mark.parametrize(
+    "path, text", report.documents().items(), ids=lambda p: getattr(p, "name", "")
+)
+def test_the_tables_of_figures_are_current(path: Path, text: str) -> None:
+    assert path.read_text("utf-8") == text, "run make docs"
 
 
 # ---------------------------------------------------------------- links

@@ -274,7 +274,11 @@ struct probe_args {
     float *sink;
 };
 
-enum { PROBE_FMA_FLOPS = 2 * 24 }; /* a step of probe_fma, times the floats of a vector */
+enum {
+    PROBE_FMA_FLOPS = 2 *
+        24, /* a step of probe_fma, times the floats of a vector; of probe_pairs twice that */
+    PROBE_TILES_FLOPS = 4 * 2 * 16 * 16 * 32, /* a step of probe_tiles */
+};
 
 typedef void (*decode_row_fn)(int type, const void *p, int64_t n, float *y);
 typedef void (*encode_row_fn)(int type, const float *x, int64_t n, void *y);
@@ -293,7 +297,7 @@ struct kernels {
     sum_squares_fn sum_squares;
     op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back;
     op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer;
-    op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_read;
+    op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_tiles, probe_read;
     op_fn square_sums, adamw;
 };
 

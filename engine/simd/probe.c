@@ -42,6 +42,37 @@ static void FN(probe_pairs)(const void *p, const struct worker *worker)
 #endif
 }
 
+/* n times four products of matrix tiles into accumulators of their own: PROBE_TILES_FLOPS n FLOPs a worker. Without
+ * them, nothing. */
+static void FN(probe_tiles)(const void *p, const struct worker *worker)
+{
+#ifdef HAVE_MATRIX_TILES
+    const struct probe_args *a = p;
+    float first[MATRIX_ROWS * VL];
+    matrix_begin_bf16();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t l = 0; l < a->n; l++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, first, VL * 4);
+    __asm__ volatile("" ::: "memory"); /* gcc's tile stores do not say that they write memory */
+    matrix_end_bf16();
+    a->sink[worker->index] = first[0];
+#else
+    (void)p, (void)worker;
+#endif
+}
+
 /* Reads n floats, split among the workers. */
 static void FN(probe_read)(const void *p, const struct worker *worker)
 {
