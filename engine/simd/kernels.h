@@ -275,8 +275,8 @@ struct probe_args {
 };
 
 enum {
-    PROBE_FMA_FLOPS = 2 *
-        24, /* a step of probe_fma, times the floats of a vector; of probe_pairs twice that */
+    /* a step of probe_fma, times the floats of a vector; of probe_pairs twice that */
+    PROBE_FMA_FLOPS = 2 * 24,
     PROBE_TILES_FLOPS = 4 * 2 * 16 * 16 * 32, /* a step of probe_tiles */
 };
 
