@@ -53,7 +53,7 @@ docs: $(STAMP)
 		$(BIN)/python -m engine.tools.options $$command; } > docs/$$command-options.md || exit 1; \
 	done
 	$(BIN)/python -m bench.report
-	$(BIN)/python bench/scaling.py
+	$(BIN)/python -m bench.scaling
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .venv-dev .venv-sanitize .demo

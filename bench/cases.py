@@ -125,6 +125,7 @@ CASES = [
         ("llama.cpp",),
         [("prompt", 512, 1550, 4500), ("generation", 128, 330, 400)],
     ),
+    _training("SmolLM2-135M Q4_1", "smollm2-q4_1", (4, 64), 8, checkpointing=True, peers=()),
     _training(SMOL, "smollm2-bf16", (4, 64), 8, checkpointing=False, amd=0.45, intel=0.25),
     _training(
         SMOL, "smollm2-bf16", (4, 64), 8, checkpointing=True, memory=450, amd=0.58, intel=0.32

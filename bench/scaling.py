@@ -1,22 +1,19 @@
 """The tables of docs/scaling.md, from a cost model and the figures that it starts from.
 
-``python bench/scaling.py`` writes them between the markers; run by ``make docs``. Where a figure is
+``python -m bench.scaling`` writes them between the markers; run by ``make docs``. Where a figure is
 measured it comes from ``bench/results/*.json``; what is assumed stands in this file, by name.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+from bench.report import figure, title
+from bench.results import Result, read_results
 
-from report import Result, figure, read_results  # noqa: E402 (its folder comes first)
-
-PAGE = HERE.parent / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RANK = 4
 GIGABITS = (1, 10, 100)
 HOSTS = (1, 2, 4, 8, 16, 32, 64)
@@ -76,16 +73,16 @@ SHAPES = (
     Shape("3B (OpenLLaMA's shape)", 26, 3200, 8640, 3200, 32000, 8.5),
     Shape("7B (Llama's shape)", 32, 4096, 11008, 4096, 32000, 8.5),
 )
-MEASURED = "finetune SmolLM2 4 x 64, --use-checkpointing"
+MEASURED = "finetune SmolLM2-135M Q4_1, 4 × 64, checkpointing"
 MEASURED_TOKENS = 4 * 64
 HOST_TOKENS = 4 * 64
 FASTER = 32  # hosts with so many times the measured machine's cores
 
 
 def rate(result: Result) -> float:
-    """FLOP/s at which a machine trained in the measured run."""
-    (seconds,) = (row["value"] for row in result["rows"] if row["what"] == MEASURED)
-    return SMOL.flops(MEASURED_TOKENS) / seconds
+    """FLOP/s at which a machine trained in the measured run; 0 where that was not measured."""
+    found = [row["ours"] for row in result.get("rows", ()) if row["what"] == MEASURED]
+    return SMOL.flops(MEASURED_TOKENS) / found[0] if found else 0.0
 
 
 def sum_seconds(n_bytes: float, n_hosts: int, gigabits: float) -> float:
@@ -126,13 +123,14 @@ def start_table(results: dict[str, Result]) -> str:
     rows = []
     for result in results.values():
         speed = rate(result)
+        if not speed:
+            continue
         cells = [f"{figure(speed / 1e9)} GFLOP/s"]
         for shape in SHAPES:
             alone, many = (iteration_seconds(shape, n, 1, speed) for n in (1, HOSTS[-1]))
             cells += [duration(alone), f"{100 * alone / many:.1f} %"]
         seconds = SMOL.flops(MEASURED_TOKENS) / speed
-        where = f"{result['processor']}, {result['threads']} threads, {result['isa']}"
-        rows.append([where, f"{figure(seconds)} s", *cells])
+        rows.append([title(result), f"{figure(seconds)} s", *cells])
     head = ["machine", f"measured: {SMOL.name}", "so it computes at"]
     for shape in SHAPES:
         head += [f"expected: {shape.name}", f"left of it on {HOSTS[-1]} hosts at 1 Gbit/s"]
