@@ -347,11 +347,19 @@ class Generation:
         self._append(tokens)
 
     def step(self) -> int | None:
-        """Make one token; None, with the reason in `stopped`, where the context is full."""
+        """Make one token; None, with the reason in `stopped`, where the context is full.
+
+        Raises
+        ------
+        DataError
+            If there are no tokens to begin with.
+        ShapeError
+            As `settle` does.
+        """
         if not self.settle():
-            self.stopped = StopReason.CONTEXT_FULL
             return None
-        assert self._logits is not None
+        if self._logits is None:
+            raise DataError("the prompt is empty; give at least one token to begin with")
         began = perf_counter()
         token = self._sampler.sample(self._logits, self._guidance_logits)
         self._sampler.accept(token, chosen=True)
@@ -366,18 +374,15 @@ class Generation:
 
         Raises
         ------
-        DataError
-            If there are no tokens at all.
         ShapeError
             If the context has no room, even without all that may be dropped.
         """
         pending = self.tokens[self._n_evaluated :]
         if not pending:
-            if self._logits is None:
-                raise DataError("the prompt is empty; give at least one token to begin with")
             return True
         self._forget_draft()
         if not self._make_room(len(pending)):
+            self.stopped = StopReason.CONTEXT_FULL
             return False
         began = perf_counter()
         draft = self._guess() if len(pending) == 1 else []
@@ -405,6 +410,15 @@ class Generation:
             self._n_evaluated = max(0, n_tokens - 1)
             self._context.truncate(self._n_evaluated)
             self._logits = None
+
+    def forget_history(self) -> None:
+        """Let penalties look at what comes from here on only."""
+        self._sampler.reset()
+
+    def keep_whole(self) -> None:
+        """Note that what comes will be evaluated otherwise, with other weights say."""
+        n = self.evaluated()
+        self.n_whole = n if self.n_whole is None else min(self.n_whole, n)
 
     def evaluated(self) -> int:
         """Count the tokens whose keys and values the context holds, guesses forgotten."""

@@ -21,7 +21,7 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -134,6 +134,7 @@ class GGUFFile:
         self.value_types = value_types
         self.tensors = tensors
         self._bytes: np.ndarray | None = np.frombuffer(buffer, np.uint8)
+        self._bytes.setflags(write=False)
 
     def __enter__(self) -> GGUFFile:
         """Return the file itself; leaving the block closes it."""
@@ -142,6 +143,22 @@ class GGUFFile:
     def __exit__(self, *exception: object) -> None:
         """Close."""
         self.close()
+
+    def lock(self) -> str:
+        """Keep the whole file in memory, as far as the system lets the process.
+
+        Returns
+        -------
+        str
+            Why it could not be done; empty when it was.
+        """
+        import ctypes
+
+        if self._bytes is None:
+            raise ValueError(f"{self.path} is closed")
+        libc = ctypes.CDLL(None, use_errno=True)
+        start, n_bytes = ctypes.c_void_p(self._bytes.ctypes.data), ctypes.c_size_t(self._bytes.size)
+        return os.strerror(ctypes.get_errno()) if libc.mlock(start, n_bytes) else ""
 
     def close(self) -> None:
         """Give the map up; it goes away with the last array that `data` handed out."""
@@ -153,6 +170,14 @@ class GGUFFile:
         if "training.type" in self.metadata:
             return "checkpoint"
         return "adapter" if self.get_str("general.type", "model") == "adapter" else "model"
+
+    @property
+    def header(self) -> np.ndarray:
+        """Bytes before the first tensor's, in the file's map: ndarray of uint8, read-only."""
+        if self._bytes is None:
+            raise ValueError(f"{self.path} is closed")
+        end = min((info.offset for info in self.tensors.values()), default=len(self._bytes))
+        return self._bytes[:end]
 
     def data(self, name: str) -> np.ndarray:
         """Bytes of a tensor, in the file's map.
@@ -234,12 +259,14 @@ class GGUFFile:
         return value
 
 
-def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+def read_gguf(path: str | os.PathLike[str], *, mapped: bool = True) -> GGUFFile:
     """Map a GGUF file and check everything in it but the values of the tensors.
 
     Parameters
     ----------
     path : path of the file
+    mapped : bool
+        Else the whole file is read into memory.
 
     Raises
     ------
@@ -249,7 +276,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         If the file cannot be opened.
     """
     path = Path(path)
-    cursor = _Cursor(path, _map_file(path))
+    cursor = _Cursor(path, _map_file(path, mapped))
     version = _read_version(cursor)
     n_tensors, n_keys = _read_counts(cursor)
     metadata, value_types = _read_keys(cursor, n_keys)
@@ -267,20 +294,36 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     )
 
 
-def _map_file(path: Path) -> mmap.mmap | bytes:
-    """Map a regular file read-only; the size is asked for once, of the open descriptor."""
+def _map_file(path: Path, mapped: bool) -> mmap.mmap | bytes:
+    """Map or read a regular file; the size is asked for once, of the open descriptor."""
     try:
         # Asked before opening: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise FormatError(f"{path}: is not a regular file; give a GGUF file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+            if not size:
+                return b""
+            if mapped:
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            return _read_whole(file, size)
     except OSError as error:
         reason = error.strerror or error
         raise EngineError(f"{path}: cannot be read: {reason}; check the name") from error
     except ValueError as error:
         raise FormatError(f"{path}: cannot be mapped: {error}; check the name") from error
+
+
+def _read_whole(file: BinaryIO, size: int) -> mmap.mmap:
+    """Read a file into pages of its own, in pieces that the system takes at once."""
+    pages = mmap.mmap(-1, size)
+    view, place = memoryview(pages), 0
+    while place < size:
+        n = file.readinto(view[place : place + (64 << 20)])  # type: ignore[attr-defined]
+        if not n:
+            raise ValueError("it has become shorter meanwhile")
+        place += n
+    return pages
 
 
 class _Cursor:

@@ -79,6 +79,7 @@ class Model:
         path: Path | str,
         *,
         check_tensors: bool = False,
+        mapped: bool = True,
         rms_eps: float | None = None,
         rope: RopeOptions | None = None,
         overrides: Mapping[str, Scalar] = MappingProxyType({}),
@@ -90,6 +91,8 @@ class Model:
         path : path of a GGUF file
         check_tensors : bool
             Look at every value for infinities and NaN.
+        mapped : bool
+            Map the file; else read it into memory.
         rms_eps : float, optional
             Replaces the model's.
         rope : RopeOptions, optional
@@ -104,7 +107,7 @@ class Model:
         DataError
             If `check_tensors` finds a value that cannot be.
         """
-        stored = read_gguf(path)
+        stored = read_gguf(path, mapped=mapped)
         file = stored.overridden(overrides)
         if file.kind != "model":
             raise FormatError(f"{path}: holds no model but one {file.kind}; give a model")
@@ -254,6 +257,11 @@ class Context:
     def adapters(self) -> Mapping[str, AdapterTensors]:
         """What all adapters together add to a weight, by its name; scales are multiplied in."""
         return self._adapters
+
+    @property
+    def directions(self) -> Mapping[int, Tensor]:
+        """What control vectors add behind a layer, by its number."""
+        return self._directions
 
     def set_adapter_scale(self, index: int, scale: float) -> None:
         """Apply an adapter with another scale from the next token on.

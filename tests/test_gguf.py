@@ -643,3 +643,15 @@ def test_an_override_of_another_type_is_refused(tmp_path: Path, key: str, value:
     path.write_bytes(small_file())
     with pytest.raises(FormatError, match=rf"m\.gguf: key {key}: has type .* cannot override"):
         read_gguf(path).overridden({key: value})
+
+
+def test_a_file_that_is_read_is_the_one_that_is_mapped(data_dir):
+    path = data_dir / "mini-q8_0.gguf"
+    with read_gguf(path) as mapped, read_gguf(path, mapped=False) as read:
+        assert dict(read.metadata).keys() == dict(mapped.metadata).keys()
+        np.testing.assert_array_equal(read.header, mapped.header)
+        for name in mapped.tensors:
+            data = read.data(name)
+            np.testing.assert_array_equal(data, mapped.data(name))
+            assert not data.flags.writeable
+        assert isinstance(read.lock(), str)

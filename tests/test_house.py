@@ -31,6 +31,7 @@ ORDER = [
     "validate",
     "dtype_report",
     "locate",
+    "machine",
     "escapes",
     "tensor",
     "graph",

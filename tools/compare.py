@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import DataError
+from engine.machine import usable_cores
 
 from . import compare_options
 from .compare_options import CompareOptions
-from .console import emit, note, run_command, say, thread_count, usable_cores, version_line
+from .console import emit, note, run_command, say, thread_count, version_line
 from .measured import Computing, load_model, make_context, make_log, text_tokens, window_bos
 from .progress import ProgressBar
 from .prompt import prompt_bytes

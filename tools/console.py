@@ -67,11 +67,6 @@ def note(line: str = "", end: str = "\n") -> None:
         pass
 
 
-def usable_cores() -> int:
-    """Count the processors that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)))
-
-
 def thread_count(wanted: int | None, otherwise: int) -> int:
     """Choose how many threads run: as many as wanted, all processors where that is not positive."""
     if wanted is None:

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from engine.machine import usable_cores
+
 from . import export_lora_options
-from .console import emit, note, run_command, say, thread_count, usable_cores, version_line
+from .console import emit, note, run_command, say, thread_count, version_line
 from .export_lora_options import ExportLoraOptions
 from .measured import load_adapters, load_model, make_log
 from .progress import ProgressBar

@@ -5,7 +5,6 @@ Standard output holds the text and nothing else.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,31 +13,35 @@ from typing import TYPE_CHECKING
 
 from engine.errors import DataError
 from engine.locate import locate_model
+from engine.machine import settle_on_nodes, usable_cores
 
 from . import main_options
-from .console import (
-    CLOSED_OUTPUT,
-    GPU_WARNINGS,
-    INTERRUPTED,
-    discard_output,
-    emit,
-    note,
-    run_command,
-    thread_count,
-    usable_cores,
-    version_line,
+from .console import GPU_WARNINGS, emit, note, run_command, thread_count, version_line
+from .main_cache import CachedPrompt
+from .main_lines import (
+    tell_control,
+    tell_interactive,
+    tell_metadata,
+    tell_negative_prompt,
+    tell_prompt,
+    tell_system,
+    tell_timings,
 )
+from .main_log import Log, open_log
 from .main_model import context_size, load_model, make_context
 from .main_options import MainOptions
+from .main_run import Run
 from .main_sampling import make_sampler, read_grammar, sampling_params
+from .main_talk import Plan, is_interactive, make_plan
 from .options import Parsed
 from .prompt import prompt_bytes
 
 # Everything that loads numpy is imported where it is used: `--help` must not wait for it.
 if TYPE_CHECKING:
-    from engine.generate import Generation, Guidance, Phase
+    from engine.generate import Generation, Guidance
     from engine.grammar import Grammar
-    from engine.model import Model
+    from engine.model import Context, Model
+    from engine.sampling import Sampler
     from engine.tokenizer import Tokenizer
 
 
@@ -67,36 +70,15 @@ def _run(arguments: Sequence[str]) -> int:
     if parsed.stopped_by == "version":
         note(version_line())
         return 0
-    log = _Log(options.log)
-    _warn(log, options, parsed)
-    return _Session(options, log).run()
+    log = open_log(options)
+    try:
+        _warn(log, options, parsed)
+        return _Session(options, log).run()
+    finally:
+        log.close()
 
 
-class _Log:
-    """Progress on standard error; silent where the user wants none.
-
-    Lines are held back until `release`: an error in what the user gave then stands alone.
-    """
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.held: list[str] | None = []
-
-    def __call__(self, line: str = "") -> None:
-        if not self.enabled:
-            return
-        if self.held is None:
-            note(line)
-        else:
-            self.held.append(line)
-
-    def release(self) -> None:
-        held, self.held = self.held or [], None
-        for line in held:
-            self(line)
-
-
-def _warn(log: _Log, options: MainOptions, parsed: Parsed) -> None:
+def _warn(log: Log, options: MainOptions, parsed: Parsed) -> None:
     if options.negative_prompt and options.cfg_scale <= 1:
         log("warning: the negative prompt has no effect without a --cfg-scale above 1")
     for warning in parsed.warnings:
@@ -111,12 +93,12 @@ def _warn(log: _Log, options: MainOptions, parsed: Parsed) -> None:
 class _Session:
     """One run: load, tell, generate, tell."""
 
-    def __init__(self, options: MainOptions, log: _Log) -> None:
+    def __init__(self, options: MainOptions, log: Log) -> None:
         self.options = options
         self.log = log
         self.seed = int(time.time()) if options.seed == main_options.CLOCK_SEED else options.seed
-        self.threads = thread_count(options.threads, usable_cores())
-        self.threads_batch = thread_count(options.threads_batch, self.threads)
+        threads = thread_count(options.threads, usable_cores())
+        self.threads = (threads, thread_count(options.threads_batch, threads))
 
     def run(self) -> int:
         # What needs no numpy is refused before it is loaded.
@@ -129,50 +111,94 @@ class _Session:
         )
         path = locate_model(options.model)
         grammar = read_grammar(options, self.log)
-        return self._complete(path, text, negative, grammar)
+        if options.numa:
+            self.log(f"main: numa: {settle_on_nodes(options.numa)}")
+        return self._run(path, text, negative, grammar)
 
-    def _complete(self, path: Path, text: bytes, negative: bytes, grammar: Grammar | None) -> int:
-        from engine.generate import Generation, check_prompt_fits, kept_positions
-        from engine.sampling import describe
+    def _run(self, path: Path, text: bytes, negative: bytes, grammar: Grammar | None) -> int:
+        from engine.generate import check_prompt_fits, kept_positions
 
         options, log = self.options, self.log
         log(f"main: {version_line()}")
         log(f"main: seed  = {self.seed}")
         began = time.perf_counter()
-        model = load_model(path, options, log)
+        model = load_model(path, options, log, mapped=options.mmap, locked=options.mlock)
         tokenizer = model.tokenizer
-        prompt = self._prompt_tokens(tokenizer, text)
+        plan = self._plan(model, text)
+        if plan is not None:
+            text = plan.text
+        prompt = self._prompt(tokenizer, text, plan)
         n_ctx = context_size(model, options, log)
         check_prompt_fits(len(prompt), n_ctx)
-        threads = (self.threads, self.threads_batch)
-        context = make_context(model, n_ctx, threads, options, log)
+        context = make_context(model, n_ctx, self.threads, options, log)
+        cache = CachedPrompt(context, options, log)
+        if cache.tokens and not text and not (plan and plan.asks_first):
+            prompt = cache.tokens
+            check_prompt_fits(len(prompt), n_ctx)
         guidance = self._make_guidance(model, n_ctx, len(prompt), negative)
-        params = sampling_params(options, self.seed, tokenizer)
-        sampler = make_sampler(params, tokenizer, grammar)
+        sampler = make_sampler(sampling_params(options, self.seed, tokenizer), tokenizer, grammar)
+        n_keep = kept_positions(options.n_keep, len(prompt), add_bos=tokenizer.declares_bos)
+        generation = self._generation(context, sampler, prompt, n_keep, cache, guidance)
         load_seconds = time.perf_counter() - began
 
         log.release()
-        n_keep = kept_positions(options.n_keep, len(prompt), add_bos=tokenizer.declares_bos)
-        self._tell_system()
+        tell_system(log, self.threads, options)
+        if options.verbosity > 0:
+            tell_metadata(log, model)
         if options.verbose_prompt:
-            self._tell_prompt(tokenizer, text, prompt, n_keep)
+            tell_prompt(log, tokenizer, text, prompt, n_keep)
             if guidance is not None:
-                self._tell_tokens(tokenizer, "negative prompt", negative, guidance.tokens)
-        log(describe(params))
-        log(
-            f"generate: n_ctx = {n_ctx}, n_batch = {options.n_batch}, "
-            f"n_predict = {options.n_predict}, n_keep = {n_keep}\n\n"
-        )
-        generation = Generation(
+                tell_negative_prompt(log, tokenizer, negative, guidance.tokens)
+        self._tell(model, sampler, plan, n_ctx, n_keep)
+        run = Run(options, log, context, generation, cache, plan)
+        status = run.to_the_end()
+        tell_timings(log, generation, load_seconds, run.seconds)
+        if options.logdir:
+            run.write_record({"seed": self.seed, "n_ctx": n_ctx, "n_threads": self.threads})
+        return status
+
+    def _plan(self, model: Model, text: bytes) -> Plan | None:
+        def warn(line: str) -> None:
+            self.log(f"main: warning: {line}")
+
+        if is_interactive(self.options):
+            return make_plan(model, text, self.options, warn)
+        if self.options.chat_template:
+            warn("--chat-template has no effect without --conversation")
+        return None
+
+    def _prompt(self, tokenizer: Tokenizer, text: bytes, plan: Plan | None) -> list[int]:
+        if plan is not None and plan.prompt is not None:
+            return plan.prompt
+        return self._prompt_tokens(tokenizer, text)
+
+    def _generation(
+        self,
+        context: Context,
+        sampler: Sampler,
+        prompt: Sequence[int],
+        n_keep: int,
+        cache: CachedPrompt,
+        guidance: Guidance | None,
+    ) -> Generation:
+        from engine import ops
+        from engine.generate import Generation
+        from engine.lookup import Lookup
+
+        options = self.options
+        if options.lookup and (guidance is not None or not context.shifts):
+            self.log("main: warning: --lookup has no effect with --cfg-scale or --grp-attn-n")
+        return Generation(
             context,
             sampler,
             prompt,
-            is_end=tokenizer.is_eog,
+            is_end=context.model.tokenizer.is_eog,
             n_predict=options.n_predict,
             n_keep=n_keep,
+            n_cached=cache.restore(prompt),
+            drafter=Lookup(ops.DOT_TOKENS - 1) if options.lookup else None,
             guidance=guidance,
         )
-        return self._generate(generation, tokenizer, prompt, load_seconds)
 
     def _make_guidance(
         self, model: Model, n_ctx: int, n_prompt: int, negative: bytes
@@ -182,9 +208,8 @@ class _Session:
         if self.options.cfg_scale <= 1:
             return None
         tokens = self._prompt_tokens(model.tokenizer, negative, "--cfg-negative-prompt")
-        threads = (self.threads, self.threads_batch)
-        quiet = _Log(False)  # the first context has told what stands beside the model
-        context = make_context(model, n_ctx, threads, self.options, quiet)
+        quiet = Log(False)  # the first context has told what stands beside the model
+        context = make_context(model, n_ctx, self.threads, self.options, quiet)
         return Guidance(context, tokens, n_prompt)
 
     def _prompt_tokens(self, tokenizer: Tokenizer, text: bytes, option: str = "-p") -> list[int]:
@@ -200,94 +225,21 @@ class _Session:
             )
         return tokens or [tokenizer.bos_id]
 
-    def _tell_system(self) -> None:
-        from engine.kernels import active_isa, prefers_pairs
+    def _tell(
+        self, model: Model, sampler: Sampler, plan: Plan | None, n_ctx: int, n_keep: int
+    ) -> None:
+        from engine.sampling import describe
 
-        batch = f" (n_threads_batch = {self.threads_batch})" if self.options.threads_batch else ""
-        bf16 = self.options.bf16 == "fast" and prefers_pairs()
-        self.log(
-            f"\nsystem_info: n_threads = {self.threads}{batch} / {os.cpu_count()} | "
-            f"ISA = {active_isa()} | bf16 products = {int(bf16)} | "
+        options, log = self.options, self.log
+        if plan is not None:
+            tell_interactive(log, model.tokenizer, options, plan.reverse, plan.affixes)
+        log(describe(sampler.params))
+        log(
+            f"generate: n_ctx = {n_ctx}, n_batch = {options.n_batch}, "
+            f"n_predict = {options.n_predict}, n_keep = {n_keep}\n\n"
         )
-
-    def _tell_prompt(
-        self, tokenizer: Tokenizer, text: bytes, prompt: Sequence[int], n_keep: int
-    ) -> None:
-        self._tell_tokens(tokenizer, "prompt", text, prompt)
-        if n_keep > tokenizer.declares_bos:
-            kept = b"".join(tokenizer.piece(token, True) for token in prompt[:n_keep])
-            self.log(f"main: static prompt based on n_keep: '{_shown(kept)}'")
-        self.log()
-
-    def _tell_tokens(
-        self, tokenizer: Tokenizer, what: str, text: bytes, tokens: Sequence[int]
-    ) -> None:
-        self.log(f"\nmain: {what}: '{_shown(text)}'")
-        self.log(f"main: number of tokens in {what} = {len(tokens)}")
-        for token in tokens:
-            self.log(f"{token:6d} -> '{_shown(tokenizer.piece(token, True))}'")
-
-    def _generate(
-        self,
-        generation: Generation,
-        tokenizer: Tokenizer,
-        prompt: Sequence[int],
-        load_seconds: float,
-    ) -> int:
-        began = time.perf_counter()
-        status = self._stream(generation, tokenizer, prompt)
-        self._tell_timings(generation, load_seconds, time.perf_counter() - began)
-        return status
-
-    def _stream(self, generation: Generation, tokenizer: Tokenizer, prompt: Sequence[int]) -> int:
-        from engine.generate import StopReason
-
-        options = self.options
-        try:
-            if options.display_prompt and options.n_predict != 0:
-                emit(b"".join(self._shown(tokenizer, token) for token in prompt))
-            for token in generation:
-                emit(self._shown(tokenizer, token))
-        except KeyboardInterrupt:
-            emit(b"\n")
-            return INTERRUPTED
-        except BrokenPipeError:
-            discard_output()
-            return CLOSED_OUTPUT
-        if generation.stopped is StopReason.END_OF_GENERATION:
-            self.log(" [end of text]")
-        elif generation.stopped is StopReason.CONTEXT_FULL:
-            grouped = options.group_factor != 1
-            why = "groups are not dropped" if grouped else "n_predict == -2"
-            self.log(f"\n\nmain: context full and {why} => stopping")
-        return 0
-
-    def _shown(self, tokenizer: Tokenizer, token: int) -> bytes:
-        # The original prints C strings: a piece ends at its first zero byte.
-        return tokenizer.piece(token, self.options.special).partition(b"\0")[0]
-
-    def _tell_timings(
-        self, generation: Generation, load_seconds: float, total_seconds: float
-    ) -> None:
-        timings = generation.timings
-        n_tokens = timings.prompt.count + timings.evaluation.count
-        head = "llama_print_timings:"
-        self.log(f"\n{head}        load time = {load_seconds * 1e3:10.2f} ms")
-        self.log(f"{head}      sample time = {_rates(timings.sampling, 'runs  ')}")
-        self.log(f"{head} prompt eval time = {_rates(timings.prompt, 'tokens')}")
-        self.log(f"{head}        eval time = {_rates(timings.evaluation, 'runs  ')}")
-        self.log(f"{head}       total time = {total_seconds * 1e3:10.2f} ms / {n_tokens:5d} tokens")
-
-
-def _shown(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
-
-
-def _rates(phase: Phase, unit: str) -> str:
-    return (
-        f"{phase.ms:10.2f} ms / {phase.count:5d} {unit} ({phase.ms_each:8.2f} ms per token, "
-        f"{phase.per_second:8.2f} tokens per second)"
-    )
+        if plan is not None:
+            tell_control(log, options)
 
 
 if __name__ == "__main__":

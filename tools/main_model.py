@@ -22,8 +22,18 @@ Log = Callable[[str], None]
 Options = MainOptions | ModelOptions
 
 
-def load_model(path: Path, options: Options, log: Log) -> Model:
-    """Load the model with the metadata and the rotation that were asked for, and tell of it."""
+def load_model(
+    path: Path, options: Options, log: Log, *, mapped: bool = True, locked: bool = False
+) -> Model:
+    """Load the model with the metadata and the rotation that were asked for, and tell of it.
+
+    Parameters
+    ----------
+    mapped : bool
+        Map the file; else read it into memory.
+    locked : bool
+        Keep it in memory; told where the system does not let the process.
+    """
     from engine.model import Model
 
     log(f"main: loading model from '{path}'")
@@ -39,11 +49,18 @@ def load_model(path: Path, options: Options, log: Log) -> Model:
     model = Model.load(
         path,
         check_tensors=options.check_tensors,
+        mapped=mapped,
         rope=_rope_options(options),
         overrides=overrides,
     )
     for warning in model.warnings:
         log(f"warning: {warning}")
+    problem = model.file.lock() if locked else ""
+    if problem:
+        log(
+            f"warning: --mlock: the model cannot be kept in memory: {problem}; "
+            "raise the limit of locked memory (ulimit -l)"
+        )
     h = model.hparams
     log(
         f"main: model: {h.n_layer} layers, n_embd = {h.n_embd}, n_head = {h.n_head}, "

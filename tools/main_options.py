@@ -14,7 +14,9 @@ from enum import Enum
 
 from engine.errors import OptionError
 
+from .main_compared import compared
 from .main_model_options import ACCEPTED, CONTEXT, MODEL
+from .main_talk_options import CACHE, LOG, TALK
 from .options import (
     Option,
     OptionTable,
@@ -74,7 +76,33 @@ class MainOptions:
     display_prompt: bool
     verbose_prompt: bool
     special: bool
+    interactive: bool
+    interactive_first: bool
+    instruct: bool
+    chatml: bool
+    conversation: bool
+    chat_template: str
+    reverse_prompts: tuple[str, ...]
+    multiline_input: bool
+    input_prefix: str
+    input_suffix: str
+    input_prefix_bos: bool
+    color: bool
+    simple_io: bool
+    lookup: bool
+    prompt_cache: str
+    prompt_cache_all: bool
+    prompt_cache_read_only: bool
+    print_token_count: int
     log: bool
+    log_file: str
+    log_new: bool
+    log_append: bool
+    logdir: str
+    verbosity: int
+    mlock: bool
+    mmap: bool
+    numa: str
     check_tensors: bool
     bf16: str
     gpu_layers: int
@@ -180,19 +208,17 @@ _GENERAL = in_group(
            default=0),
     Option(("-s", "--seed"), "seed", "seed of the sampling; -1 takes the clock", (seed(),),
            default=CLOCK_SEED, shown_default="-1"),
+    _flag(("--display-prompt",), "display_prompt", "print the prompt (default)", on=True),
     _flag(("--no-display-prompt",), "display_prompt", "do not print the prompt", False, on=True),
     _flag(("--verbose-prompt",), "verbose_prompt", "list the tokens of the prompt"),
     _flag(("-sp", "--special"), "special", "print special tokens, too"),
-    _flag(("--log-enable",), "log", "print progress on the error stream (default)", on=True),
-    _flag(("--log-disable",), "log", "print nothing but errors on the error stream", False,
-          on=True),
 )  # fmt: skip
 
 _COMPUTATION = in_group(
     "computation",
     Option(("-t", "--threads"), "threads",
            "threads while generating; 0 or less: all processors", (threads(),),
-           shown_default="the cores that may be used"),
+           shown_default="the physical cores that may be used"),
     Option(("-tb", "--threads-batch"), "threads_batch",
            "threads while reading the prompt; 0 or less: all processors", (threads(),),
            shown_default="the value of --threads"),
@@ -203,6 +229,16 @@ _COMPUTATION = in_group(
     Option(("-ub", "--ubatch-size"), "n_ubatch", "tokens that are computed together",
            (whole(low=1),), default=512),
     _flag(("--check-tensors",), "check_tensors", "look for invalid numbers in the weights"),
+    _flag(("--mlock",), "mlock", "keep the model in memory, if the system lets the process"),
+    _flag(("--no-mmap",), "mmap", "read the model into memory instead of mapping its file", False,
+          on=True),
+    Option(("--numa",), "numa",
+           "on machines with several nodes of memory: threads on all nodes, on the node that the "
+           "command starts on, or as the numactl program has set it",
+           (choice("distribute", "isolate", "numactl"),), default="", shown_default="not placed"),
+    _flag(("--lookup",), "lookup",
+          "guess what comes next from what stands in the text, and evaluate guesses together; "
+          "the text is the same"),
     Option(("--bf16",), "bf16",
            "activations that meet BF16 weights: rounded to bf16 where that is faster, or exact",
            (choice("fast", "exact"),), default="fast"),
@@ -268,15 +304,8 @@ _GRAMMAR = in_group(
              "generate JSON that follows a schema: a text in braces, or a file"),
 )  # fmt: skip
 
-_LATER = not_offered(
-    "not offered yet",
-    "-i|--interactive", "-if|--interactive-first", "-ins|--instruct", "-cml|--chatml",
-    "-cnv|--conversation", "-r|--reverse-prompt", "-mli|--multiline-input", "--in-prefix",
-    "--in-prefix-bos", "--in-suffix", "--chat-template", "-co|--color", "--simple-io",
-    "--prompt-cache", "--prompt-cache-all", "--prompt-cache-ro", "-ptc|--print-token-count",
-    "--mlock", "--no-mmap", "--numa",
-    "-ld|--logdir", "-v|--verbose", "--verbosity", "--log-file",
-    "--log-new", "--log-append", "--log-test", "--in-file",
+_LOG_TEST = not_offered(
+    "not offered here: it tries out the original's own log; leave it out", "--log-test",
 )  # fmt: skip
 
 _DOWNLOADS = not_offered(
@@ -298,7 +327,7 @@ _DEVICES = not_offered(
 
 _OTHER_COMMANDS = not_offered(
     "not an option of this command, but of another command of the original",
-    "-dkvc|--dump-kv-cache", "--chunks", "--mmproj", "--image",
+    "-dkvc|--dump-kv-cache", "--chunks", "--in-file", "--mmproj", "--image",
     "--embedding|--embeddings", "--pooling", "--infill", "--save-all-logits|--kl-divergence-base",
     "--perplexity|--all-logits", "--ppl-stride", "--ppl-output-type", "--hellaswag",
     "--hellaswag-tasks", "--winogrande", "--winogrande-tasks", "--multiple-choice",
@@ -313,8 +342,11 @@ _OTHER_COMMANDS = not_offered(
 
 TABLE = OptionTable(
     "main",
-    _GENERAL + _COMPUTATION + MODEL + CONTEXT + _SAMPLING + _GRAMMAR + ACCEPTED
-    + _LATER + _DOWNLOADS + _SPECULATIVE + _DEVICES + _OTHER_COMMANDS,
+    compared(
+        _GENERAL + _COMPUTATION + MODEL + CONTEXT + TALK + CACHE + _SAMPLING + _GRAMMAR + LOG
+        + ACCEPTED + _LOG_TEST + _DOWNLOADS + _SPECULATIVE + _DEVICES + _OTHER_COMMANDS
+    ),
+    compares=True,
 )  # fmt: skip
 
 

@@ -106,6 +106,10 @@ class Option:
         the usage calls it. With `repeat` it takes all that are left.
     required : bool
         Of a positional one: its absence is an error.
+    better : str
+        What is better than with the original; empty where it is the same.
+    new : bool
+        The original does not have it.
     """
 
     spellings: tuple[str, ...]
@@ -122,6 +126,8 @@ class Option:
     group: str = ""
     positional: bool = False
     required: bool = False
+    better: str = ""
+    new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,12 +300,15 @@ class OptionTable:
         Refuse a number with anything after it, instead of taking the number with a warning.
     joined_values : bool
         Take ``--name=value`` too, as the originals that are Python programs do.
+    compares : bool
+        The documentation tells how each row stands to the original's.
     """
 
     program: str
     rows: tuple[Option, ...]
     strict_numbers: bool = False
     joined_values: bool = False
+    compares: bool = False
     _by_name: dict[str, Option] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -371,17 +380,18 @@ class OptionTable:
         for row in self.offered():
             if row.group != group:
                 group = row.group
-                lines += ["", f"### {group}", "", "| option | default | effect |"]
-                lines += ["| --- | --- | --- |"]
+                columns = ["option", "default", "effect", *["the original's"] * self.compares]
+                lines += ["", f"### {group}", "", *_table_head(columns)]
             names = ", ".join(f"`{_signature(name, row)}`" for name in row.spellings)
-            shown = _default_text(row)
-            lines.append(f"| {names} | {_cell(shown)} | {_cell(row.help)} |")
+            cells = [names, _cell(_default_text(row)), _cell(row.help)]
+            lines.append(_table_line(cells + [_cell(_status(row))] * self.compares))
         refused = [row for row in self.rows if row.refused]
         if refused:
-            lines += ["", "### known, but refused", "", "| option | it is |", "| --- | --- |"]
+            why = "refused" if self.compares else "it is"
+            lines += ["", "### known, but refused", "", *_table_head(["option", why])]
             for row in refused:
                 names = ", ".join(f"`{name}`" for name in row.spellings)
-                lines.append(f"| {names} | {_cell(row.refused)} |")
+                lines.append(_table_line([names, _cell(row.refused)]))
         return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -519,6 +529,21 @@ def _usage_lines(row: Option) -> list[str]:
         return [left, *(indent + line for line in right)]
     first, *others = right
     return [left.ljust(HELP_COLUMN) + first, *(indent + line for line in others)]
+
+
+def _status(row: Option) -> str:
+    """How a row stands to the original's."""
+    if row.new:
+        return "new"
+    return f"better: {row.better}" if row.better else "same"
+
+
+def _table_head(columns: Sequence[str]) -> list[str]:
+    return [_table_line(columns), _table_line(["---"] * len(columns))]
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(content: str) -> str:

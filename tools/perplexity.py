@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from engine.locate import locate_model
+from engine.machine import usable_cores
 
 from . import perplexity_options
 from .console import (
@@ -21,7 +22,6 @@ from .console import (
     run_command,
     say,
     thread_count,
-    usable_cores,
     version_line,
 )
 from .main_model import load_model, make_context

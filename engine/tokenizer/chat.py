@@ -277,5 +277,9 @@ def _decoded(text: bytes) -> str | None:
 
 
 def _encoded(text: str) -> bytes:
-    # JSON can name half of a surrogate pair; its bytes are no UTF-8, which `encode` bears with.
-    return text.encode("utf-8", "surrogatepass")
+    try:
+        # Stray bytes of a terminal or a file, as everywhere in the engine.
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # JSON can name half of a surrogate pair; its bytes are no UTF-8, which `encode` bears with.
+        return text.encode("utf-8", "surrogatepass")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import EngineError
+from engine.machine import control_groups, read_text
 from engine.model import LOGIT_BYTES
 
 # Evaluations shorter than this are measured twice: the first one also fetches the weights.
@@ -53,43 +54,20 @@ def _machine(root: Path) -> Iterator[int]:
 
 def _control_groups(root: Path) -> Iterator[int]:
     """Memory left in the process's group and every one around it, of versions 2 and 1."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if number == "0" and not controllers:
-            yield from _groups(
-                root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"
-            )
-        elif "memory" in controllers.split(","):
-            yield from _groups(
-                root / "sys/fs/cgroup/memory",
-                path,
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-
-
-def _groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    # A container sees its own group as the root of the mount, whatever the path says.
-    for length in range(len(parts), -1, -1):
-        folder = mount.joinpath(*parts[:length])
-        most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-        if most.isdecimal() and used.isdecimal():
-            freed = _fields(folder / "memory.stat").get(reclaimable, 0)
-            yield max(0, int(most) - max(0, int(used) - freed))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    for folder in control_groups(root, "memory"):
+        for limit, usage, reclaimable in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, used = (read_text(folder / name).strip() for name in (limit, usage))
+            if most.isdecimal() and used.isdecimal():
+                freed = _fields(folder / "memory.stat").get(reclaimable, 0)
+                yield max(0, int(most) - max(0, int(used) - freed))
 
 
 def _fields(path: Path) -> dict[str, int]:
     """Numbers of a file of lines ``name number``."""
-    words = (line.split() for line in _text(path).splitlines())
+    words = (line.split() for line in read_text(path).splitlines())
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from engine.errors import OptionError
 from engine.tools import main as command
+from engine.tools.main_cache import CachedPrompt
+from engine.tools.main_lines import tell_timings
+from engine.tools.main_log import Log
 from engine.tools.main_options import TABLE, MainOptions, PromptSource, parse
+from engine.tools.main_run import Run
 from engine.tools.options import UsageError
 from engine.tools.prompt import prompt_bytes
+
+DATA = Path(__file__).parents[1] / "data"
 
 DEFAULTS = {
     "model": "models/7B/ggml-model-f16.gguf",
@@ -30,7 +38,33 @@ DEFAULTS = {
     "display_prompt": True,
     "verbose_prompt": False,
     "special": False,
+    "interactive": False,
+    "interactive_first": False,
+    "instruct": False,
+    "chatml": False,
+    "conversation": False,
+    "chat_template": "",
+    "reverse_prompts": (),
+    "multiline_input": False,
+    "input_prefix": "",
+    "input_suffix": "",
+    "input_prefix_bos": False,
+    "color": False,
+    "simple_io": False,
+    "lookup": False,
+    "prompt_cache": "",
+    "prompt_cache_all": False,
+    "prompt_cache_read_only": False,
+    "print_token_count": -1,
     "log": True,
+    "log_file": "",
+    "log_new": False,
+    "log_append": False,
+    "logdir": "",
+    "verbosity": 0,
+    "mlock": False,
+    "mmap": True,
+    "numa": "",
     "check_tensors": False,
     "bf16": "fast",
     "gpu_layers": -1,
@@ -78,39 +112,14 @@ DEFAULTS = {
     "given": frozenset(),
 }
 
-# Every spelling that the original's shared parser knows (June 2024).
-ORIGINAL = """
---alias --all-logits --api-key --api-key-file --batch-size --binary-file --cache-type-k
---cache-type-v --cfg-negative-prompt --cfg-negative-prompt-file --cfg-scale --chat-template
---check-tensors --chunk --chunk-separator --chunk-size --chunks --color --cont-batching
---context-file --control-vector --control-vector-layer-range --control-vector-scaled
---conversation --ctx-size --defrag-thold --draft --dump-kv-cache --dynatemp-exp --dynatemp-range
---embedding --embeddings --escape --file --flash-attn --frequency-penalty --from-chunk
---gpu-layers --gpu-layers-draft --grammar --grammar-file --grp-attn-n --grp-attn-w --hellaswag
---hellaswag-tasks --help --hf-file --hf-repo --host --ignore-eos --image --in-file --in-prefix
---in-prefix-bos --in-suffix --infill --interactive --interactive-first --json-schema --junk
---keep --kl-divergence --kl-divergence-base --log-append --log-disable --log-enable --log-file
---log-format --log-new --log-test --logdir --logit-bias --lookup-cache-dynamic
---lookup-cache-static --lora --lora-base --lora-scaled --main-gpu --metrics --min-p --mirostat
---mirostat-ent --mirostat-lr --mlock --mmproj --model --model-draft --model-url
---multiline-input --multiple-choice --multiple-choice-tasks --n-gpu-layers --n-predict
---no-display-prompt --no-escape --no-kv-offload --no-mmap --no-ppl --no-slots --numa --output
---output-file --output-frequency --override-kv --p-split --parallel --path --penalize-nl
---perplexity --pooling --port --pos --ppl-output-type --ppl-stride --predict --presence-penalty
---print-token-count --process-output --prompt --prompt-cache --prompt-cache-all
---prompt-cache-ro --repeat-last-n --repeat-penalty --reverse-prompt --rope-freq-base
---rope-freq-scale --rope-scale --rope-scaling --rpc --samplers --sampling-seq --save-all-logits
---save-frequency --seed --sequences --simple-io --slot-prompt-similarity --slot-save-path
---special --split-mode --ssl-cert-file --ssl-key-file --system-prompt-file --temp --tensor-split
---tfs --threads --threads-batch --threads-batch-draft --threads-draft --threads-http --timeout
---top-k --top-p --typical --ubatch-size --usage --verbose --verbose-prompt --verbosity --version
---winogrande --winogrande-tasks --yarn-attn-factor --yarn-beta-fast --yarn-beta-slow
---yarn-ext-factor --yarn-orig-ctx -a -b -bf -c -cb -cnv -co -ctk -ctv -dkvc -dt -e -f -fa -gan
--gaw -h -hff -hfr -i -if -j -l -lcd -lcs -ld -m -md -mg -mli -mu -n -ngl -ngld -nkvo -np -npl
--npp -ns -ntg -o -ofreq -p -pps -ps -ptc -r -s -sm -sp -spf -sps -t -tb -tbd -td -to -ts -ub -v
-""".split()
+# Every spelling that the original's shared parser knows (June 2024), and its --help.
+ORIGINAL = (DATA / "main-original-options.txt").read_text().split()
 
 OFFERED = {
+    "-i", "-if", "-ins", "-cml", "-cnv", "--chat-template", "-r", "-mli", "--in-prefix",
+    "--in-prefix-bos", "--in-suffix", "-co", "--simple-io", "--lookup", "--prompt-cache",
+    "--prompt-cache-all", "--prompt-cache-ro", "-ptc", "--log-file", "--log-new", "--log-append",
+    "-ld", "-v", "--verbosity", "--mlock", "--no-mmap", "--numa", "--display-prompt",
     "-h", "--version", "-m", "-p", "-f", "-bf", "-e", "--no-escape", "-n", "--keep", "-s",
     "--no-display-prompt", "--verbose-prompt", "-sp", "--log-enable", "--log-disable", "-t", "-tb",
     "-c", "-b", "-ub", "--check-tensors", "-ngl", "--lora", "--lora-scaled", "--samplers",
@@ -127,6 +136,30 @@ OFFERED = {
 }  # fmt: skip
 
 FLAGS = {
+    "-i": ("interactive", True),
+    "--interactive": ("interactive", True),
+    "-if": ("interactive_first", True),
+    "--interactive-first": ("interactive_first", True),
+    "-ins": ("instruct", True),
+    "--instruct": ("instruct", True),
+    "-cml": ("chatml", True),
+    "--chatml": ("chatml", True),
+    "-cnv": ("conversation", True),
+    "--conversation": ("conversation", True),
+    "-mli": ("multiline_input", True),
+    "--multiline-input": ("multiline_input", True),
+    "--in-prefix-bos": ("input_prefix_bos", True),
+    "-co": ("color", True),
+    "--color": ("color", True),
+    "--simple-io": ("simple_io", True),
+    "--lookup": ("lookup", True),
+    "--prompt-cache-all": ("prompt_cache_all", True),
+    "--prompt-cache-ro": ("prompt_cache_read_only", True),
+    "--log-new": ("log_new", True),
+    "--log-append": ("log_append", True),
+    "--mlock": ("mlock", True),
+    "--no-mmap": ("mmap", False),
+    "--display-prompt": ("display_prompt", True),
     "-e": ("escape", True),
     "--escape": ("escape", True),
     "--no-escape": ("escape", False),
@@ -144,6 +177,9 @@ FLAGS = {
 }
 
 NUMBERS = {
+    "-ptc": "print_token_count",
+    "--print-token-count": "print_token_count",
+    "--verbosity": "verbosity",
     "-n": "n_predict",
     "--predict": "n_predict",
     "--n-predict": "n_predict",
@@ -232,6 +268,21 @@ def test_the_defaults_of_sampling_are_the_engines_own():
 @pytest.mark.parametrize("spelling", both_spellings(ORIGINAL))
 def test_no_option_of_the_original_is_unknown(spelling):
     assert TABLE.find(spelling.replace("_", "-")) is not None
+
+
+def test_an_option_is_new_where_the_original_has_none_of_its_spellings():
+    for row in TABLE.rows:
+        assert row.new == (not set(ORIGINAL) & set(row.spellings)), row.spellings
+
+
+def test_the_documentation_tells_how_each_option_stands_to_the_originals():
+    lines = TABLE.markdown().splitlines()
+    found = {name: line for line in lines for name in re.findall(r"`(-[\w-]+)", line)}
+    for name in ORIGINAL:
+        row = TABLE.find(name)
+        assert row is not None
+        status = row.refused or (f"better: {row.better}" if row.better else "same")
+        assert found[name].endswith(f"| {status.replace('|', chr(92) + '|')} |"), name
 
 
 def test_the_offered_options_are_these():
@@ -349,11 +400,11 @@ def test_prompt_sources_are_told_apart():
 
 
 def test_threads_default_to_the_usable_cores_and_batches_to_threads():
-    session = command._Session(options("-t", "3"), command._Log(False))
-    assert (session.threads, session.threads_batch) == (3, 3)
-    session = command._Session(options("-t", "0", "-tb", "2"), command._Log(False))
-    assert session.threads >= 1
-    assert session.threads_batch == 2
+    session = command._Session(options("-t", "3"), Log(False))
+    assert session.threads == (3, 3)
+    session = command._Session(options("-t", "0", "-tb", "2"), Log(False))
+    assert session.threads[0] >= 1
+    assert session.threads[1] == 2
 
 
 def test_help_goes_to_standard_output_without_numpy():
@@ -372,8 +423,11 @@ def test_an_unknown_argument_is_followed_by_the_usage_on_standard_error(capsys):
 
 
 def test_a_refused_option_is_one_line(capsys):
-    assert command.main(["-p", "x", "-i"]) == 1
-    assert capsys.readouterr().err == "error: option -i of the original is not offered yet\n"
+    assert command.main(["-p", "x", "-mu", "https://example.org/m.gguf"]) == 1
+    assert capsys.readouterr().err == (
+        "error: option -mu of the original is not offered here: download the file yourself and "
+        "give it with -m\n"
+    )
 
 
 def test_a_missing_model_is_one_line(capsys):
@@ -420,6 +474,7 @@ class ScriptedTokenizer:
 class ScriptedGeneration:
     def __init__(self, script, stopped=None) -> None:
         self.script, self.stopped = script, stopped
+        self.tokens, self.n_whole = [0, 1], None
 
     def __iter__(self):
         for item in self.script:
@@ -428,11 +483,14 @@ class ScriptedGeneration:
             yield item
 
 
-def stream(generation, *arguments: str, tokenizer=None) -> int:
-    log = command._Log(True)
+def stream(generation, *arguments: str) -> int:
+    log = Log(True)
     log.release()
-    session = command._Session(options(*arguments), log)
-    return session._stream(generation, tokenizer or ScriptedTokenizer(), [0, 1])
+    model = SimpleNamespace(tokenizer=ScriptedTokenizer())
+    context = SimpleNamespace(model=model, n_past=0, n_ctx=64, shifts=True)
+    values = options(*arguments)
+    cache = CachedPrompt(context, values, log)
+    return Run(values, log, context, generation, cache, None).to_the_end()
 
 
 def test_standard_output_holds_the_prompt_and_the_text(capfd):
@@ -479,7 +537,7 @@ def prompt_tokens(text: bytes, **attributes):
     tokenizer = ScriptedTokenizer()
     for name, value in attributes.items():
         setattr(tokenizer, name, value)
-    return command._Session(options(), command._Log(False))._prompt_tokens(tokenizer, text)
+    return command._Session(options(), Log(False))._prompt_tokens(tokenizer, text)
 
 
 def test_a_model_that_ends_its_texts_does_not_end_the_prompt():
@@ -505,10 +563,9 @@ def test_timings_follow_the_originals_template(capfd):
     timings.prompt.add(0.5, 10)
     timings.evaluation.add(2.0, 4)
     timings.sampling.add(0.001, 5)
-    log = command._Log(True)
+    log = Log(True)
     log.release()
-    session = command._Session(options(), log)
-    session._tell_timings(SimpleNamespace(timings=timings), 0.25, 2.75)
+    tell_timings(log, SimpleNamespace(timings=timings, drafted=0), 0.25, 2.75)
     assert capfd.readouterr().err.splitlines() == [
         "",
         "llama_print_timings:        load time =     250.00 ms",
