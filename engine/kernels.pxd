@@ -230,6 +230,8 @@ cdef extern from "kernels.h" nogil:
         int64_t lanes, pairs
         void (*decode_row)(int type, const void *p, int64_t n, float *y) noexcept nogil
         void (*encode_row)(int type, const float *x, int64_t n, void *y) noexcept nogil
+        void (*quantize_row)(
+            int type, const float *x, const float *importance, int64_t n, void *y) noexcept nogil
         void (*encode_bf16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         int64_t (*find_invalid)(int type, const void *p, int64_t n) noexcept nogil

@@ -189,6 +189,51 @@ def encode(int type_id, const float[::1] x, isa=None):
     return out
 
 
+def quantize(int type_id, const float[:, ::1] x, const float[::1] importance=None, isa=None):
+    """Encode rows as llama.cpp's quantize of June 2024 does, to the byte.
+
+    Unlike `encode` it searches for the scales of the K types and of IQ4.
+
+    Parameters
+    ----------
+    type_id : int
+        GGUF type number.
+    x : ndarray of shape (n_rows, n), float32
+        Finite; `n` is a whole number of blocks.
+    importance : ndarray of shape (n,), float32, optional
+        Weight of each column's errors: its mean square in some text (an importance matrix).
+    isa : str, optional
+        Variant to use; the one in force by default. All give the same bytes.
+
+    Returns
+    -------
+    ndarray of shape (n_rows, bytes of a row), uint8
+
+    Raises
+    ------
+    ValueError
+        If the type is unknown, `n` is not whole blocks, or `importance` has another length.
+    """
+    cdef const kernels *k = table(isa)
+    cdef int64_t block = block_elements(type_id), rows = x.shape[0], n = x.shape[1], i
+    cdef const float *weights = NULL
+    if block == 0:
+        raise ValueError(f"type {type_id} is not known to the kernels")
+    if n % block:
+        raise ValueError(f"rows of {n} are not whole blocks of type {type_id}")
+    if importance is not None and importance.shape[0] != n:
+        raise ValueError(f"{importance.shape[0]} importances do not fit rows of {n}")
+    out = np.empty((rows, row_offset(type_id, n)), np.uint8)
+    cdef unsigned char[:, ::1] y = out
+    if rows and n:
+        if importance is not None:
+            weights = &importance[0]
+        with nogil:
+            for i in range(rows):
+                k.quantize_row(type_id, &x[i, 0], weights, n, &y[i, 0])
+    return out
+
+
 def encode_bf16(const float[::1] x, isa=None):
     """Round to the nearest bf16, ties to even; subnormals alike, NaN made quiet. Gives uint16."""
     cdef const kernels *k = table(isa)

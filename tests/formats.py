@@ -201,7 +201,10 @@ def encode_f16(x: ArrayLike) -> NDArray[np.uint16]:
 
 
 def reciprocal(d: Floats, of: float = 1) -> Floats:
-    return np.divide(f32(of), d, out=np.zeros_like(d), where=d != 0)
+    """of / d; 0 where that is no number."""
+    with np.errstate(over="ignore"):
+        inverse = np.divide(f32(of), d, out=np.zeros_like(d), where=d != 0)
+    return np.where(np.isfinite(inverse), inverse, f32(0))
 
 
 def halves(d: Floats) -> Bytes:
@@ -283,13 +286,27 @@ def encode(dtype: DType, x: ArrayLike) -> Bytes:
         return encode_f16(flat).view(np.uint8)
     if dtype is dtypes.BF16:
         return encode_bf16(flat).view(np.uint8)
-    blocks = flat.reshape(-1, dtype.block)
-    encode_blocks = ENCODE_BLOCKS.get(dtype.name)
-    if encode_blocks is None:
-        from tests import formats_search  # which needs the packing above
+    if dtype.name not in ENCODE_BLOCKS:
+        return quantize_row(dtype, flat)
+    fields = ENCODE_BLOCKS[dtype.name](flat.reshape(-1, dtype.block))
+    return np.concatenate(fields, axis=1).reshape(-1)
 
-        encode_blocks = formats_search.ENCODE_BLOCKS[dtype.name]
-    return np.concatenate(encode_blocks(blocks), axis=1).reshape(-1)
+
+def quantize_row(dtype: DType, x: ArrayLike, importance: Floats | None = None) -> Bytes:
+    """`x` as the original's quantize stores it: scales are searched for K types and IQ4.
+
+    With the importances of its columns they are for all types of blocks but Q8_0.
+    """
+    from tests import formats_search  # which needs the packing above
+
+    simple = (
+        formats_search.QUANTIZE_BLOCKS if importance is None else formats_search.IMPORTANT_BLOCKS
+    )
+    if dtype.name not in simple:
+        return encode(dtype, x)
+    rows = np.atleast_2d(np.ascontiguousarray(x, f32))
+    fields = formats_search.quantize(dtype.name, dtype.block, rows, importance)
+    return np.concatenate(fields, axis=1).reshape(-1)
 
 
 def scale_places(dtype: DType) -> list[int]:

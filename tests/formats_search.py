@@ -1,17 +1,27 @@
 """The encoders that search for their scales, in plain NumPy: the K types, IQ4_NL and IQ4_XS.
 
 A row of a matrix is a group (of 16 or 32 elements), so that a column is what a sum takes next. The
-searches are those of llama.cpp's quantize of June 2024, without an importance matrix.
+searches are those of llama.cpp's quantize of June 2024, also with an importance matrix, where the
+types of 32 elements search, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tests.formats import IQ4_VALUES, Bytes, Codes, Floats, f32, first_largest, pack_nibbles
+from tests.formats import (
+    IQ4_VALUES,
+    Bytes,
+    Codes,
+    Floats,
+    f32,
+    first_largest,
+    pack_fifth_bits,
+    pack_nibbles,
+)
 
 NOTHING = f32(1e-15)  # a group whose largest element is below is taken for zeros
 
@@ -43,20 +53,34 @@ def bytes_of(halves: Floats) -> Bytes:
 # ---------------------------------------------------------------- searches
 
 
+class Attempts(NamedTuple):
+    """How `affine_search` divides the range: by top + first + change * step."""
+
+    first: float
+    change: float
+    n_steps: int
+    error: Callable[[Floats], Floats] = np.square
+
+
+IMPORTANT = Attempts(-0.9, 0.05, 36)
+
+
 def affine_search(
-    x: Floats, w: Floats, top: int, first: float, n_steps: int, error: Callable[[Floats], Floats]
+    x: Floats, w: Floats, top: int, attempts: Attempts
 ) -> tuple[Floats, Floats, Floats]:
     """Scale, minus the minimum, and codes 0 ... top: least weighted error of several fits."""
+    first, change, n_steps, error = attempts
     low = np.minimum(x.min(axis=1, keepdims=True), f32(0))
     high = x.max(axis=1, keepdims=True)
-    flat = high == low
+    with np.errstate(over="ignore"):
+        flat = ~(divided(f32(top), high - low) > 0) | np.isinf(divided(f32(top), high - low))
     sum_w, sum_x = total(w), total(w * x)
     inverse = divided(f32(top), high - low)
     scale = divided(f32(1), inverse)
     codes = nearest(inverse * (x - low), 0, top)
     best = total(w * error(scale * codes + low - x))
     for step in range(n_steps + 1):
-        inverse = divided(f32(first) + f32(0.1) * f32(step) + f32(top), high - low)
+        inverse = divided(f32(first) + f32(change) * f32(step) + f32(top), high - low)
         c = nearest(inverse * (x - low), 0, top)
         sum_c, sum_cc, sum_cx = total(w * c), total(w * c * c), total(w * c * x)
         determinant = sum_w * sum_cc - sum_c * sum_c
@@ -73,11 +97,10 @@ def affine_search(
     return np.where(flat, f32(0), scale), -low, np.where(flat, f32(0), codes)
 
 
-def symmetric_search(x: Floats, top: int) -> tuple[Floats, Floats]:
+def symmetric_search(x: Floats, w: Floats, top: int) -> tuple[Floats, Floats]:
     """Scale and codes -top ... top - 1: the best of 19 roundings by the weighted cosine."""
     largest = first_largest(x)
     nothing = np.abs(largest) < NOTHING
-    w = x * x
     scale, best = np.zeros_like(largest), np.zeros_like(largest)
     codes = np.full_like(x, -top)
     for step in (0, *range(-9, 0), *range(1, 10)):
@@ -94,11 +117,10 @@ def symmetric_search(x: Floats, top: int) -> tuple[Floats, Floats]:
     return scale, codes
 
 
-def descent(x: Floats, top: int) -> tuple[Floats, Floats]:
+def descent(x: Floats, w: Floats, top: int) -> tuple[Floats, Floats]:
     """Scale and codes -top ... top - 1: single codes change while that helps, five times over."""
     largest = first_largest(x)
     nothing = np.abs(largest) < NOTHING
-    w = x * x
     codes = nearest(divided(f32(-top), largest) * x, -top, top - 1)
     sum_cx, sum_cc = total(w * x * codes), total(w * codes * codes)
     for _ in range(5):  # a round that changes nothing is its own end
@@ -122,11 +144,10 @@ def table_codes(x: Floats) -> Codes:
     return (x[:, :, None] >= middles.astype(f32)).sum(axis=2, dtype=np.int32)
 
 
-def table_search(x: Floats) -> Floats:
+def table_search(x: Floats, w: Floats) -> Floats:
     """Scale for IQ4's values: the best of 16 roundings by the weighted cosine."""
     largest = first_largest(x)
     nothing = np.abs(largest) < NOTHING
-    w = x * x
     scale, best = np.zeros_like(largest), np.zeros_like(largest)
     lowest = f32(IQ4_VALUES[0])
     for attempt in (None, *range(-7, 8)):
@@ -167,113 +188,131 @@ def pack_six_bit_scales(scales: Codes) -> Bytes:
     return np.concatenate([low, upper], axis=1).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- the types
+# ---------------------------------------------------------------- scales of a block's groups
 
 
-def small_scales(values: Floats, top: int) -> tuple[Floats, Codes]:
-    """A block's scale (a half's value), and the groups' own as multiples of it, 0 ... top."""
+def positive_multiples(values: Floats, top: int, w: Floats | None) -> tuple[Floats, Codes]:
+    """A scale for each row of positive numbers, and their multiples of it, 0 ... top."""
     largest = np.maximum(values.max(axis=1, keepdims=True), f32(0))
-    small = np.rint(divided(f32(top), largest) * values).astype(np.int32) & 255
-    return as_half(largest / f32(top)), np.minimum(small, top)
+    if w is None:
+        codes = nearest(divided(f32(top), largest) * values, 0, top)
+        return largest / f32(top), codes.astype(np.int32)
+    inverse, best = np.zeros_like(largest), np.zeros_like(largest)
+    for step in (0, *range(-4, 0), *range(1, 5)):
+        tried = divided(f32(0.1) * f32(step) + f32(top), largest)
+        codes = np.minimum(np.rint(tried * values), f32(top))
+        difference = values - divided(f32(1), tried) * codes
+        error = total(w * difference * difference)
+        better = np.ones_like(largest, np.bool_) if step == 0 else error < best
+        inverse, best = np.where(better, tried, inverse), np.where(better, error, best)
+    codes = np.minimum(np.rint(inverse * values), f32(top))
+    sum_cx, sum_cc = total(w * values * codes), total(w * codes * codes)
+    for _ in range(5):
+        for j in range(values.shape[1]):
+            x, wj, c = values[:, j : j + 1], w[:, j : j + 1], codes[:, j : j + 1]
+            cx, cc = sum_cx - wj * x * c, sum_cc - wj * c * c
+            some = (cx > 0) & (cc > 0)
+            new = np.minimum(np.rint(divided(x * cc, np.where(some, cx, f32(0)))), f32(top))
+            cx, cc = cx + wj * x * new, cc + wj * new * new
+            better = some & (new != c) & (cx * cx * sum_cc > sum_cx * sum_cx * cc)
+            codes[:, j : j + 1] = np.where(better, new, c)
+            sum_cx, sum_cc = np.where(better, cx, sum_cx), np.where(better, cc, sum_cc)
+    return divided(sum_cx, sum_cc), codes.astype(np.int32)
 
 
-def largest_scale(values: Floats) -> Floats:
-    """The scale of largest magnitude with its sign; the first of several."""
-    return first_largest(values)
+def group_sums(w: Floats, group: int, n_blocks: int) -> Floats:
+    return total(w.reshape(-1, group)).reshape(n_blocks, -1)
 
 
-def with_offsets(
-    x: Floats, n_groups: int, top: int, small_top: int, search: tuple[Floats, Floats, Floats]
+# ---------------------------------------------------------------- the types of 256 elements
+# x: blocks x 256. w: weights of the same shape. important: they come from an importance matrix.
+
+
+def with_minima(
+    x: Floats, w: Floats, important: bool, group: int, top: int, small_top: int, plain: Attempts
 ) -> tuple[Floats, Floats, Codes, Codes, Codes]:
     """Scales of blocks and groups, and the codes that the rounded scales ask for."""
-    scales, minima, codes = (part.reshape(len(x), n_groups, -1) for part in search)
-    d, small = small_scales(scales[:, :, 0], small_top)
-    dmin, small_min = small_scales(minima[:, :, 0], small_top)
-    step = (d * small.astype(f32))[:, :, None]
-    base = (dmin * small_min.astype(f32))[:, :, None]
-    groups = x.reshape(codes.shape)
-    codes = np.where(step != 0, nearest(divided(groups + base, step), 0, top), codes)
+    search = affine_search(
+        x.reshape(-1, group), w.reshape(-1, group), top, IMPORTANT if important else plain
+    )
+    scales, minima, codes = (part.reshape(len(x), 256 // group, -1) for part in search)
+    sums = group_sums(w, group, len(x)) if important else None
+    d, small = positive_multiples(scales[:, :, 0], small_top, sums)
+    dmin, small_min = positive_multiples(minima[:, :, 0], small_top, sums)
+    step = (as_half(d) * small.astype(f32))[:, :, None]
+    base = (as_half(dmin) * small_min.astype(f32))[:, :, None]
+    again = nearest(divided(x.reshape(codes.shape) + base, step), 0, top)
+    codes = np.where(step != 0, again, codes)
     return d, dmin, small, small_min, codes.reshape(len(x), -1).astype(np.int32)
 
 
-def without_offsets(x: Floats, codes: Floats, d: Floats, small: Codes, top: int) -> Codes:
+def without_minima(x: Floats, codes: Floats, d: Floats, small: Codes, top: int) -> Codes:
     """Codes less their middle that the rounded scales ask for."""
-    step = (d * small.astype(f32))[:, :, None]
+    step = (as_half(d) * small.astype(f32))[:, :, None]
     groups = x.reshape(len(x), small.shape[1], -1)
-    old = codes.reshape(groups.shape)
-    new = np.where(step != 0, nearest(divided(groups, step), -top, top - 1), old)
-    return new.reshape(len(x), -1).astype(np.int32)
+    new = nearest(divided(groups, step), -top, top - 1)
+    return np.where(step != 0, new, codes.reshape(groups.shape)).reshape(x.shape).astype(np.int32)
 
 
-def encode_q2_k(x: Floats) -> list[Bytes]:
-    groups = x.reshape(-1, 16)
-    search = affine_search(groups, np.abs(groups), 3, -0.5, 15, np.abs)
-    d, dmin, small, small_min, codes = with_offsets(x, 16, 3, 15, search)
+def quantize_q2_k(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    plain = Attempts(-0.5, 0.1, 15, np.abs)
+    d, dmin, small, small_min, codes = with_minima(x, w, important, 16, 3, 15, plain)
     scales = (small | small_min << 4).astype(np.uint8)
     return [scales, pack_planes(codes, 2), bytes_of(d), bytes_of(dmin)]
 
 
-def encode_four_or_five(x: Floats, top: int, first: float, n_steps: int) -> list[Bytes]:
-    groups = x.reshape(-1, 32)
-    w = np.sqrt(total(groups * groups) / f32(32)) + np.abs(groups)
-    search = affine_search(groups, w, top, first, n_steps, np.square)
-    d, dmin, small, small_min, codes = with_offsets(x, 8, top, 63, search)
-    head = [bytes_of(d), bytes_of(dmin), pack_six_bit_pairs(small, small_min)]
-    fifth = [pack_planes(codes >> 4, 1)] if top == 31 else []
-    return [*head, *fifth, pack_planes(codes & 15, 4)]
+def quantize_q4_k(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    plain = Attempts(-1, 0.1, 20)
+    d, dmin, small, small_min, codes = with_minima(x, w, important, 32, 15, 63, plain)
+    scales = pack_six_bit_pairs(small, small_min)
+    return [bytes_of(d), bytes_of(dmin), scales, pack_planes(codes, 4)]
 
 
-def encode_q4_k(x: Floats) -> list[Bytes]:
-    return encode_four_or_five(x, 15, -1, 20)
+def quantize_q5_k(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    plain = Attempts(-0.5, 0.1, 15)
+    d, dmin, small, small_min, codes = with_minima(x, w, important, 32, 31, 63, plain)
+    scales = pack_six_bit_pairs(small, small_min)
+    planes = [pack_planes(codes >> 4, 1), pack_planes(codes & 15, 4)]
+    return [bytes_of(d), bytes_of(dmin), scales, *planes]
 
 
-def encode_q5_k(x: Floats) -> list[Bytes]:
-    return encode_four_or_five(x, 31, -0.5, 15)
-
-
-def encode_q3_k(x: Floats) -> list[Bytes]:
-    scales, codes = descent(x.reshape(-1, 16), 4)
+def quantize_q3_k(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    search = symmetric_search if important else descent
+    scales, codes = search(x.reshape(-1, 16), w.reshape(-1, 16), 4)
     scales = scales.reshape(len(x), 16)
-    inverse = divided(f32(-32), largest_scale(scales))
-    small = nearest(inverse * scales, -32, 31).astype(np.int32)
-    d = as_half(divided(f32(1), inverse))
-    stored = small + 32
-    stored[(inverse == 0)[:, 0]] = 0  # bytes of zeros mean -32 with d = 0
-    codes = without_offsets(x, codes, d, small, 4) + 4
-    return [
-        pack_planes(codes >> 2, 1),
-        pack_planes(codes & 3, 2),
-        pack_six_bit_scales(stored),
-        bytes_of(d),
-    ]
+    if important:
+        d, multiples = symmetric_search(scales, group_sums(w, 16, len(x)), 32)
+        small = multiples.astype(np.int32)
+        stored = small + 32
+    else:
+        inverse = divided(f32(-32), first_largest(scales))
+        small = nearest(inverse * scales, -32, 31).astype(np.int32)
+        d = divided(f32(1), inverse)
+        stored = np.where(inverse == 0, 0, small + 32)
+    codes = without_minima(x, codes, d, small, 4) + 4
+    planes = [pack_planes(codes >> 2, 1), pack_planes(codes & 3, 2)]
+    return [*planes, pack_six_bit_scales(stored), bytes_of(d)]
 
 
-def encode_q6_k(x: Floats) -> list[Bytes]:
-    scales, codes = symmetric_search(x.reshape(-1, 16), 32)
+def quantize_q6_k(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    scales, codes = symmetric_search(x.reshape(-1, 16), w.reshape(-1, 16), 32)
     scales = scales.reshape(len(x), 16)
-    largest = largest_scale(scales)
-    empty = (np.abs(largest) < NOTHING)[:, 0]
+    largest = first_largest(scales)
     inverse = divided(f32(-128), largest)
-    small = np.minimum(np.rint(inverse * scales), 127).astype(np.int32)
-    d = as_half(divided(f32(1), inverse))
-    codes = without_offsets(x, codes, d, small, 32) + 32
+    small = nearest(inverse * scales, -128, 127).astype(np.int32)
+    d = divided(f32(1), inverse)
+    codes = without_minima(x, codes, d, small, 32) + 32
     low = (codes & 15).reshape(-1, 2, 2, 64)
     low = (low[:, :, 0] | low[:, :, 1] << 4).astype(np.uint8).reshape(-1, 128)
     fields = [low, pack_planes(codes >> 4, 2), small.astype(np.int8).view(np.uint8), bytes_of(d)]
     for field in fields:
-        field[empty] = 0
+        field[(np.abs(largest) < NOTHING)[:, 0]] = 0
     return fields
 
 
-def encode_iq4_nl(x: Floats) -> list[Bytes]:
-    scale = table_search(x)
-    codes = table_codes(divided(f32(1), scale) * x)
-    return [bytes_of(scale), pack_nibbles(codes)]
-
-
-def encode_iq4_xs(x: Floats) -> list[Bytes]:
-    scales = table_search(x.reshape(-1, 32)).reshape(-1, 8)
-    d = -largest_scale(scales) / f32(32)  # the search of codes uses it before it is rounded
+def quantize_iq4_xs(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    scales = table_search(x.reshape(-1, 32), w.reshape(-1, 32)).reshape(-1, 8)
+    d = -first_largest(scales) / f32(32)  # codes are found with it as it is, not as a half
     small = nearest(divided(f32(1), d) * scales, -32, 31)
     inverse = divided(f32(1), d * small).reshape(-1, 1)
     codes = table_codes(inverse * x.reshape(-1, 32))
@@ -288,12 +327,76 @@ def encode_iq4_xs(x: Floats) -> list[Bytes]:
     ]
 
 
-ENCODE_BLOCKS: dict[str, Callable[[NDArray[np.float32]], list[Bytes]]] = {
-    "Q2_K": encode_q2_k,
-    "Q3_K": encode_q3_k,
-    "Q4_K": encode_q4_k,
-    "Q5_K": encode_q5_k,
-    "Q6_K": encode_q6_k,
-    "IQ4_NL": encode_iq4_nl,
-    "IQ4_XS": encode_iq4_xs,
+# ---------------------------------------------------------------- the types of 32 elements
+
+
+def quantize_iq4_nl(x: Floats, w: Floats, important: bool) -> list[Bytes]:
+    scale = table_search(x, w)
+    codes = table_codes(divided(f32(1), scale) * x)
+    return [bytes_of(scale), pack_nibbles(codes)]
+
+
+def small_symmetric(x: Floats, w: Floats, top: int) -> list[Bytes]:
+    scale, codes = symmetric_search(x, w, top)
+    stored = codes.astype(np.int32) + top
+    fifth = [pack_fifth_bits(stored)] if top == 16 else []
+    return [bytes_of(scale), *fifth, pack_nibbles(stored)]
+
+
+def small_affine(x: Floats, w: Floats, top: int) -> list[Bytes]:
+    scale, minimum, codes = affine_search(x, w, top, IMPORTANT)
+    stored = codes.astype(np.int32)
+    fifth = [pack_fifth_bits(stored)] if top == 31 else []
+    return [bytes_of(scale), bytes_of(-minimum), *fifth, pack_nibbles(stored)]
+
+
+QUANTIZE_BLOCKS: dict[str, Callable[[Floats, Floats, bool], list[Bytes]]] = {
+    "Q2_K": quantize_q2_k,
+    "Q3_K": quantize_q3_k,
+    "Q4_K": quantize_q4_k,
+    "Q5_K": quantize_q5_k,
+    "Q6_K": quantize_q6_k,
+    "IQ4_NL": quantize_iq4_nl,
+    "IQ4_XS": quantize_iq4_xs,
 }
+IMPORTANT_BLOCKS: dict[str, Callable[[Floats, Floats, bool], list[Bytes]]] = {
+    **QUANTIZE_BLOCKS,
+    "Q4_0": lambda x, w, _: small_symmetric(x, w, 8),
+    "Q4_1": lambda x, w, _: small_affine(x, w, 15),
+    "Q5_0": lambda x, w, _: small_symmetric(x, w, 16),
+    "Q5_1": lambda x, w, _: small_affine(x, w, 31),
+}
+
+
+def plain_weights(name: str, x: Floats) -> Floats:
+    """Weights of errors when nothing is known of the columns' importance."""
+    if name == "Q2_K":
+        return np.abs(x)
+    if name in ("Q4_K", "Q5_K"):
+        groups = x.reshape(-1, 32)
+        return (np.sqrt(total(groups * groups) / f32(32)) + np.abs(groups)).reshape(x.shape)
+    return x * x
+
+
+def important_weights(name: str, rows: Floats, x: Floats, importance: Floats) -> Floats:
+    """Importance times the root of x^2 and a mean square: the block's, or the row's."""
+    q = np.tile(importance, len(rows)).reshape(x.shape)
+    if name == "Q6_K":
+        return q
+    if name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+        spread = total(rows * rows) / f32(rows.shape[1])
+        spread = np.repeat(spread, x.shape[0] // len(rows), axis=0)
+    else:
+        factor = 1 if name == "Q2_K" else 2
+        spread = total(x * x) * f32(factor / x.shape[1])  # a power of two: exact
+    return q * np.sqrt(spread + x * x)
+
+
+def quantize(name: str, block: int, rows: Floats, importance: Floats | None) -> list[Bytes]:
+    """Fields of the blocks of `rows` (n_rows x n)."""
+    x = rows.reshape(-1, block)
+    with np.errstate(all="ignore"):
+        if importance is None:
+            return QUANTIZE_BLOCKS[name](x, plain_weights(name, x), False)
+        w = important_weights(name, rows, x, importance)
+        return IMPORTANT_BLOCKS[name](x, w, True)

@@ -20,6 +20,7 @@ from tests.formats import encode as encode_row
 from tests.formats import encode_bf16 as encode_bf16
 from tests.formats import encode_f16 as encode_f16
 from tests.formats import find_invalid as find_invalid
+from tests.formats import quantize_row as quantize_row
 
 Floats = NDArray[np.float64]
 

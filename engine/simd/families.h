@@ -16,6 +16,8 @@
 
 #include "convert.c"
 #include "encode.c"
+#include "fit.c"
+#include "quantize.c"
 #include "linear.c"
 #include "heads.c"
 #include "precision.h"

@@ -282,6 +282,8 @@ enum {
 
 typedef void (*decode_row_fn)(int type, const void *p, int64_t n, float *y);
 typedef void (*encode_row_fn)(int type, const float *x, int64_t n, void *y);
+typedef void (*quantize_row_fn)(
+    int type, const float *x, const float *importance, int64_t n, void *y);
 typedef void (*encode_fn)(const float *x, int64_t n, uint16_t *y);
 typedef int64_t (*find_invalid_fn)(int type, const void *p, int64_t n);
 typedef double (*sum_squares_fn)(const float *x, int64_t n);
@@ -292,6 +294,7 @@ struct kernels {
     int64_t pairs; /* there is a pair product of bf16: 2, on matrix tiles; 1, on vectors; 0, none */
     decode_row_fn decode_row;
     encode_row_fn encode_row;
+    quantize_row_fn quantize_row;
     encode_fn encode_bf16, encode_f16;
     find_invalid_fn find_invalid;
     sum_squares_fn sum_squares;

@@ -140,7 +140,7 @@ def hard_blocks(rng: np.random.Generator, dtype: DType) -> Array:
     return np.concatenate([plain, tails, ties, rounded, zeros]).astype(f32)
 
 
-SEARCHED = [t for t in QUANTIZED if t.name in formats_search.ENCODE_BLOCKS]
+SEARCHED = [t for t in QUANTIZED if t.name in formats_search.QUANTIZE_BLOCKS]
 SIMPLE = [t for t in QUANTIZED if t.name in formats.ENCODE_BLOCKS]
 
 
