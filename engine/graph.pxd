@@ -31,6 +31,7 @@ cdef class Graph:
     cdef int64_t n_steps
     cdef team_clock clock           # both NULL: unmeasured
     cdef object step_ns, wait_ns    # what it points to
+    cdef readonly int64_t n_runs    # begun since `measure`
     cdef object arena, scratch
     cdef char *scratch_start
 

@@ -291,6 +291,7 @@ cdef class Graph:
         cdef team_clock clock = self.clock
         if clock.steps != NULL:
             clock.steps += first
+            self.n_runs += first == 0
         with nogil:
             team_run(
                 self.steps + first, last - first, self.n_threads, self.scratch_start,
@@ -304,6 +305,7 @@ cdef class Graph:
         steps = self.step_ns = np.zeros(max(self.n_steps, 1), np.int64)
         waits = self.wait_ns = np.zeros(self.n_threads, np.int64)
         self.clock = team_clock(&steps[0], &waits[0])
+        self.n_runs = 0
 
     def times(self) -> dict[str, tuple[int, float, float, float]]:
         """Where the time went since `measure`.

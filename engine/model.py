@@ -20,6 +20,7 @@ from engine.kernels import prefers_pairs
 from engine.kvcache import KVCache
 from engine.llama import AdapterTensors, Hyperparameters, Weights
 from engine.lora import Adapter, join_adapters
+from engine.perf import OpTimes
 from engine.rope import RopeOptions, Tables
 from engine.self_extend import GroupAttention
 from engine.tensor import Tensor
@@ -203,6 +204,8 @@ class Context:
         float32. Quantized weights meet 8-bit blocks either way, and F32 and F16 ones float32.
     isa : str, optional
         Kernel variant.
+    measure : bool
+        Count the time of each op, for `op_times`.
     """
 
     def __init__(
@@ -220,6 +223,7 @@ class Context:
         directions: Mapping[int, Tensor] = MappingProxyType({}),
         bf16: str = "fast",
         isa: str | None = None,
+        measure: bool = False,
     ) -> None:
         h = model.hparams
         if bf16 not in BF16_MODES:
@@ -240,6 +244,8 @@ class Context:
         self._given_adapters = list(adapters)
         self._adapters = self._join_adapters()
         # By length, rows of the result, and whether they are logits.
+        self._measure = measure
+        self._op_times = {False: OpTimes(), True: OpTimes()}  # by: is of more than one token
         self._evaluations: OrderedDict[tuple[int, int, bool], _Evaluation] = OrderedDict()
         self._heads: dict[int, _Head] = {}
 
@@ -275,6 +281,7 @@ class Context:
         adapter, _ = self._given_adapters[index]
         self._given_adapters[index] = (adapter, scale)
         self._adapters = self._join_adapters()
+        self.op_times()  # those of the graphs that go are not to be lost
         self._evaluations.clear()
         self._heads.clear()
 
@@ -408,8 +415,27 @@ class Context:
         self._evaluations.move_to_end(key)
         others = [k for k in self._evaluations if k[0] > ops.DOT_TOKENS]
         if len(others) > KEPT_GRAPHS:
-            del self._evaluations[others[0]]
+            self._count(self._evaluations.pop(others[0]).graph, others[0][0])
         return found
+
+    def _plan(self, graph: Graph) -> None:
+        graph.plan()
+        if self._measure:
+            graph.measure()
+
+    def _count(self, graph: Graph, n_tokens: int, *, counted: bool = True) -> None:
+        """Take down the times of a graph, which then begins anew."""
+        if self._measure:
+            self._op_times[n_tokens > 1].add(graph, counted=counted)
+            graph.measure()
+
+    def op_times(self) -> tuple[OpTimes, OpTimes]:
+        """Tell the time of each op so far, where it is counted: of single tokens, of chunks."""
+        for key, evaluation in self._evaluations.items():
+            self._count(evaluation.graph, key[0])
+        for n_rows, head in self._heads.items():
+            self._count(head.graph, n_rows, counted=False)
+        return self._op_times[False], self._op_times[True]
 
     def _graph(self, n_tokens: int) -> Graph:
         graph = Graph(self._threads[n_tokens > 1], self._isa)
@@ -423,14 +449,15 @@ class Context:
         if found is not None:
             return found
         if len(self._heads) == KEPT_GRAPHS:
-            del self._heads[next(iter(self._heads))]
+            n_old = next(iter(self._heads))
+            self._count(self._heads.pop(n_old).graph, n_old, counted=False)
         h = self.model.hparams
         rows = np.zeros((n_rows, h.n_embd), np.float32)
         graph = self._graph(n_rows)
         builder = self._builder(graph, *np.zeros((2, n_rows), np.int32))
         hidden = Tensor.external("hidden", rows, n_rows, h.n_embd)
         logits = graph.keep(builder.logits(hidden))
-        graph.plan()
+        self._plan(graph)
         self._heads[n_rows] = _Head(graph, rows, logits)
         return self._heads[n_rows]
 
@@ -442,7 +469,7 @@ class Context:
         logits = graph.keep(builder.logits(hidden)) if head else None
         if not head:
             graph.keep(hidden)
-        graph.plan()
+        self._plan(graph)
         return _Evaluation(graph, ids, positions, hidden, logits)
 
     def _builder(

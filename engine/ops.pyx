@@ -92,6 +92,10 @@ cdef class Embed(Node):
         self.args = &self.a
         return table.embed
 
+    def work(self) -> tuple[float, float]:
+        cdef Tensor w = self.inputs[0], y = self.outputs[0]
+        return 0.0, y.rows * <double>w.n_bytes() / w.rows + y.n_bytes()
+
 
 def embed(Graph graph, Tensor w, ids, int64_t n_tokens) -> Tensor:
     """Rows of a stored matrix by token; `ids` is an int32 array that is read at each run."""
@@ -316,6 +320,9 @@ cdef class LoraGather(Node):
         self.args = &self.a
         return table.lora_gather
 
+    def work(self) -> tuple[float, float]:
+        return 0.0, 2.0 * (<Tensor>self.outputs[0]).n_bytes()
+
     def gradient(self, grads):
         cdef Tensor m = self.inputs[0]
         grads.graph.add(LoraScatter, grads[self.outputs[0]], self.recipe[1], 1.0, m.grad)
@@ -338,6 +345,9 @@ cdef class LoraScatter(Node):
             du.rows, g.cols, g.rows, ids, du.floats(), self.recipe[2], g.floats())
         self.args = &self.a
         return table.lora_scatter
+
+    def work(self) -> tuple[float, float]:
+        return 0.0, 3.0 * (<Tensor>self.inputs[0]).n_bytes()
 
 
 def lora_down(Graph graph, Tensor x, Tensor m) -> Tensor:
@@ -573,6 +583,10 @@ cdef class CacheStore(Node):
         self.a = cache_store_args(x.rows, x.cols, x.floats(), cache.data, cache.type, n_past)
         self.args = &self.a
         return table.cache_store
+
+    def work(self) -> tuple[float, float]:
+        cdef Tensor x = self.inputs[0], cache = self.outputs[0]
+        return 0.0, x.n_bytes() + x.rows * <double>cache.n_bytes() / cache.rows
 
 
 def cache_store(Graph graph, Tensor x, Tensor cache, n_past):

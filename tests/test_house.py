@@ -36,6 +36,7 @@ ORDER = [
     "tensor",
     "graph",
     "ops",
+    "perf",
     "autograd",
     "rope",
     "self_extend",

@@ -340,6 +340,7 @@ class _Job:
                 n_threads=self._threads(),
                 compute=options.compute,
                 packed=options.pack_samples,
+                measure=options.perf,
             )
 
         try:

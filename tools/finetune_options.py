@@ -121,6 +121,7 @@ class FinetuneOptions:
     plot: str
     report: bool
     dry_run: bool
+    perf: bool
     given: frozenset[str] = frozenset()
 
     def ranks(self) -> dict[str, int]:
@@ -321,6 +322,9 @@ _WATCH = in_group(
     Option(("--plot",), "plot",
            "picture of the loss curves, .svg or .png (needs matplotlib: pip install "
            "'cylora[plot]')", (text("FNAME"),), default="", shown_default="none"),
+    _flag("--perf", "perf",
+          "print at the end where an evaluation's time went, by op, and what part of the machine's "
+          "measured peaks was reached"),
     _flag("--no-report", "report",
           "leave out the proof of learning at the end: loss on the last 2 % of the data (at most "
           "2048 tokens) before and after, how many tensors moved and which most; without it a "

@@ -93,6 +93,7 @@ class Training:
         self._first = state.opt_iteration
         self._validation = data.validation(state)
         self._validation_ms = 0.0
+        self._optimizer = self._make_optimizer()
         self._forecast_told = False
         self._n_updates = n_updates
         self._progress = Progress(self._first, n_updates)
@@ -153,6 +154,7 @@ class Training:
             self.saver.commit()
             self.lines.progress("")
             self._close_logs()
+        self._tell_perf()
         return self._finish(result, learning)
 
     # Before the first step
@@ -197,7 +199,7 @@ class Training:
             self.batches,
             self._parallel.evaluate,
             self._parallel.grad,
-            self._optimizer(),
+            self._optimizer,
             self._schedule(),
             self._run_options(),
             on_iteration=self._tell_iteration,
@@ -220,7 +222,7 @@ class Training:
     def _commit(self) -> bool:
         return self.ranks.comm.from_root(self.saver.commit())
 
-    def _optimizer(self) -> AdamW:
+    def _make_optimizer(self) -> AdamW:
         from engine.training.optimizer import AdamW, AdamWParams
 
         options = self.options
@@ -232,7 +234,7 @@ class Training:
             decay_min_ndim=options.adam_decay_min_ndim,
             gclip=options.adam_gclip,
         )
-        return AdamW(self.adapter, params, self.trainer.n_threads)
+        return AdamW(self.adapter, params, self.trainer.n_threads, measure=options.perf)
 
     def _schedule(self) -> Schedule:
         from engine.training.schedule import Schedule
@@ -373,6 +375,18 @@ class Training:
         if interrupted:
             return INTERRUPTED
         return lines.status() or (0 if moved else NOTHING_MOVED)
+
+    def _tell_perf(self) -> None:
+        """Tell where the time went, if that was asked for."""
+        from engine.perf import OpTimes, measure_peaks
+
+        if not self.options.perf or not self.ranks.is_root:
+            return
+        times = OpTimes()
+        self.trainer.add_times(times)
+        self._optimizer.add_times(times)
+        for line in times.lines(measure_peaks(self.trainer.n_threads), "evaluations"):
+            self.lines.note(line)
 
     def _tell_interrupted(self, result: RunResult) -> None:
         outputs = self.saver.outputs

@@ -23,6 +23,7 @@ from .main_lines import (
     tell_interactive,
     tell_metadata,
     tell_negative_prompt,
+    tell_perf,
     tell_prompt,
     tell_system,
     tell_timings,
@@ -130,7 +131,7 @@ class _Session:
         prompt = self._prompt(tokenizer, text, plan)
         n_ctx = context_size(model, options, log)
         check_prompt_fits(len(prompt), n_ctx)
-        context = make_context(model, n_ctx, self.threads, options, log)
+        context = make_context(model, n_ctx, self.threads, options, log, measure=options.perf)
         cache = CachedPrompt(context, options, log)
         if cache.tokens and not text and not (plan and plan.asks_first):
             prompt = cache.tokens
@@ -153,6 +154,8 @@ class _Session:
         run = Run(options, log, context, generation, cache, plan)
         status = run.to_the_end()
         tell_timings(log, generation, load_seconds, run.seconds)
+        if options.perf:
+            tell_perf(context, self.threads)
         if options.logdir:
             run.write_record({"seed": self.seed, "n_ctx": n_ctx, "n_threads": self.threads})
         return status

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from .console import note
 from .main_options import MainOptions
 
 if TYPE_CHECKING:
     from engine.generate import Generation, Phase
-    from engine.model import Model
+    from engine.model import Context, Model
     from engine.tokenizer import Tokenizer
 
 Log = Callable[[str], None]
@@ -134,3 +135,14 @@ def _rates(phase: Phase, unit: str) -> str:
         f"{phase.ms:10.2f} ms / {phase.count:5d} {unit} ({phase.ms_each:8.2f} ms per token, "
         f"{phase.per_second:8.2f} tokens per second)"
     )
+
+
+def tell_perf(context: Context, threads: tuple[int, int]) -> None:
+    """Tell where the time went, by op; of single tokens, and of chunks of them."""
+    from engine.perf import measure_peaks
+
+    kinds = ("single tokens", "chunks of tokens")
+    for times, kind, n_threads in zip(context.op_times(), kinds, threads, strict=True):
+        if times.n_runs:
+            for line in times.lines(measure_peaks(n_threads), kind):
+                note(line)

@@ -85,7 +85,13 @@ def context_size(model: Model, options: Options, log: Log) -> int:
 
 
 def make_context(
-    model: Model, n_ctx: int, threads: tuple[int, int], options: Options, log: Log
+    model: Model,
+    n_ctx: int,
+    threads: tuple[int, int],
+    options: Options,
+    log: Log,
+    *,
+    measure: bool = False,
 ) -> Context:
     """Load what is applied beside the model and make a context with all of it.
 
@@ -93,6 +99,8 @@ def make_context(
     ----------
     threads : (int, int)
         For single tokens, and for longer chunks.
+    measure : bool
+        Count the time of each op.
     """
     from engine.dtypes import CACHE_TYPES
     from engine.model import Context
@@ -109,6 +117,7 @@ def make_context(
         cache_types=(CACHE_TYPES[options.cache_type_k], CACHE_TYPES[options.cache_type_v]),
         group=_group(model, options, log),
         directions=_load_directions(model, options, log),
+        measure=measure,
     )
 
 

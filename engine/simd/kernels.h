@@ -161,7 +161,7 @@ struct attention_args {
 
 enum {
     FEW_QUERIES = 16, /* up to here queries go one by one */
-    SPLIT_KEYS = 256,          /* and the context in such parts */
+    SPLIT_KEYS = 256, /* and the context in such parts */
 };
 
 /* Bytes of attention_args.parts: for each query and part of the context a head's output, maximum and sum. */

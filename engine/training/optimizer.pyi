@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.lora import Adapter
+from engine.perf import OpTimes
 
 @dataclass(frozen=True, slots=True)
 class AdamWParams:
@@ -24,7 +25,9 @@ class AdamW:
         params: AdamWParams,
         n_threads: int = 1,
         isa: str | None = None,
+        measure: bool = False,
     ) -> None: ...
+    def add_times(self, times: OpTimes) -> None: ...
     def norm(self, grad: NDArray[np.float32]) -> float: ...
     def step(
         self,

@@ -75,6 +75,10 @@ cdef class Update(Node):
     ):
         self.inputs = self.outputs = (x, grad, m, v)
 
+    @property
+    def label(self) -> str:
+        return "AdamW"
+
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef CTensor x = self.inputs[0], grad = self.inputs[1]
         cdef CTensor m = self.inputs[2], v = self.inputs[3]
@@ -100,6 +104,8 @@ class AdamW:
         No bit depends on it.
     isa : str, optional
         Kernel variant.
+    measure : bool
+        Count the time of both passes.
 
     Attributes
     ----------
@@ -107,7 +113,7 @@ class AdamW:
         First and second moments, laid out like `Adapter.flat`.
     """
 
-    def __init__(self, adapter, params: AdamWParams, n_threads=1, isa=None) -> None:
+    def __init__(self, adapter, params: AdamWParams, n_threads=1, isa=None, measure=False) -> None:
         self.params = params
         self.m = np.zeros_like(adapter.flat)
         self.v = np.zeros_like(adapter.flat)
@@ -116,6 +122,7 @@ class AdamW:
         self._sums = np.zeros(-(-adapter.flat.size // SQUARE_PART))
         self._now = np.zeros(4, np.float32)  # clip, step, correction, decay
         self._n_threads, self._isa = n_threads, isa
+        self._measure = measure
         self._grad = self._graph = None
 
     def norm(self, grad) -> float:
@@ -159,6 +166,11 @@ class AdamW:
         self._planned(grad).run(1, 2)
         return norm
 
+    def add_times(self, times) -> None:
+        """Add the times of both passes to an `OpTimes`, where they are counted."""
+        if self._graph is not None:
+            times.add(self._graph, counted=False)
+
     def _planned(self, grad):
         """The graph of both passes, over that array."""
         if self._grad is grad:
@@ -174,6 +186,8 @@ class AdamW:
             Update, x, g, m, v, self.params.beta1, self.params.beta2, self._now, self._ends,
             self._decays)
         self._graph.plan()
+        if self._measure:
+            self._graph.measure()
         self._grad = grad
         return self._graph
 

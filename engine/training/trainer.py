@@ -15,6 +15,7 @@ from engine.kernels import has_pairs, prefers_pairs
 from engine.llama import AdapterTensors, Builder
 from engine.lora import Adapter
 from engine.model import LOGIT_BYTES, Model
+from engine.perf import OpTimes
 from engine.tensor import Tensor
 
 # A part of the gradient is final once so many steps of the graph have run: (steps, begin, end).
@@ -143,7 +144,8 @@ class _Pass:
         self.weight[0] = weight
         first = 0
         for step, begin, end in parts:
-            self.graph.run(first, step)
+            if step > first:
+                self.graph.run(first, step)
             on_final(begin, end)
             first = step
         self.graph.run(first)
@@ -172,6 +174,8 @@ class Trainer:
         Kernel variant.
     packed : bool
         Rows may hold several samples that do not see each other.
+    measure : bool
+        Count the time of each op.
 
     Attributes
     ----------
@@ -202,6 +206,7 @@ class Trainer:
         compute: str = "auto",
         isa: str | None = None,
         packed: bool = False,
+        measure: bool = False,
     ) -> None:
         self.shape = (n_batch, n_ctx)
         self.grad: NDArray[np.float32] = np.zeros_like(adapter.flat)
@@ -210,6 +215,7 @@ class Trainer:
         self._isa = isa
         self._pairs = _in_pairs(compute, isa)
         self._packed = packed
+        self._measure = measure
         self._parts: list[FinalPart] | None = None
         self._places: dict[Tensor, tuple[int, int]] = {}
         self._tensors = self._parameters(adapter)
@@ -248,7 +254,7 @@ class Trainer:
     ) -> _Pass:
         graph = Graph(self.n_threads, self._isa)
         graph.pairs = self._pairs
-        return _Pass(
+        planned = _Pass(
             graph,
             self._model,
             self._tensors,
@@ -258,6 +264,13 @@ class Trainer:
             kept_layers=kept_layers,
             packed=packed,
         )
+        if self._measure and gradients:
+            graph.measure()
+        return planned
+
+    def add_times(self, times: OpTimes) -> None:
+        """Add the time of each op of `evaluate` so far, where it is counted."""
+        times.add(self._training.graph)
 
     def _check(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         if inputs.shape != self.shape or targets.shape != self.shape:

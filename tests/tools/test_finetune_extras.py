@@ -596,6 +596,21 @@ def test_a_save_that_works_again_is_all_that_counts(train, monkeypatch):
     assert read_checkpoint("chk-LATEST.gguf").state.opt_iteration == 4
 
 
+# ---------------------------------------------------------------- where the time went
+
+
+def test_the_time_of_each_op_is_told_when_asked_for_and_changes_nothing(train, monkeypatch):
+    monkeypatch.setattr("engine.perf._STEPS", {"fma": 1 << 8})
+    assert train("--adam-iter", "2")[0] == 0
+    plain = Path("lora-2.bin").read_bytes()
+    status, out, err = train("--adam-iter", "2", "--perf")
+    assert status == 0 and Path("lora-2.bin").read_bytes() == plain
+    assert "perf:" not in out
+    assert re.search(r"^perf: 3 evaluations, [\d.]+ s in 1 threads, kernels \w+; ", err, re.M)
+    for op in ("linear ffn_gate", "linear back ffn_gate", "Attention", "CrossEntropy", "AdamW"):
+        assert re.search(rf"^perf: {op}  ", err, re.M), op
+
+
 # ---------------------------------------------------------------- several samples a row
 
 

@@ -37,6 +37,7 @@ DEFAULTS = {
     "seed": 2**32 - 1,
     "display_prompt": True,
     "verbose_prompt": False,
+    "perf": False,
     "special": False,
     "interactive": False,
     "interactive_first": False,
@@ -133,6 +134,7 @@ OFFERED = {
     "--rope-scale", "--rope-freq-scale", "--rope-freq-base", "--yarn-orig-ctx",
     "--yarn-ext-factor", "--yarn-attn-factor", "--yarn-beta-slow", "--yarn-beta-fast",
     "-sm", "-ts", "-mg", "-nkvo", "-dt", "-np", "-ns", "-cb", "-pps", "--bf16",
+    "--perf",
 }  # fmt: skip
 
 FLAGS = {
@@ -165,6 +167,7 @@ FLAGS = {
     "--no-escape": ("escape", False),
     "--no-display-prompt": ("display_prompt", False),
     "--verbose-prompt": ("verbose_prompt", True),
+    "--perf": ("perf", True),
     "-sp": ("special", True),
     "--special": ("special", True),
     "--log-enable": ("log", True),
@@ -577,3 +580,18 @@ def test_timings_follow_the_originals_template(capfd):
         "token,     2.00 tokens per second)",
         "llama_print_timings:       total time =    2750.00 ms /    14 tokens",
     ]
+
+
+def test_the_time_of_each_op_is_told_of_the_prompt_and_of_single_tokens(
+    data_dir, capfd, monkeypatch
+):
+    monkeypatch.setattr("engine.perf._STEPS", {"fma": 1 << 8})
+    words = ["-m", str(data_dir / "mini-f32.gguf"), "-p", "Once upon a time", "-n", "4"]
+    texts = []
+    for more in ([], ["--perf"]):
+        assert command.main([*words, "--temp", "0", "-t", "1", "--log-disable", *more]) == 0
+        out, err = capfd.readouterr()
+        texts.append(out)
+    assert texts[0] == texts[1]
+    assert re.search(r"^perf: \d single tokens, .*^perf: 1 chunks of tokens, ", err, re.M | re.S)
+    assert len(re.findall(r"^perf: Attention  ", err, re.M)) == 2
