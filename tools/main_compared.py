@@ -8,7 +8,7 @@ from dataclasses import replace
 from .options import Option
 
 # Options that the original (June 2024) does not have.
-NEW = {"--lookup", "--bf16", "--display-prompt", "--instruct", "--chatml"}
+NEW = {"--lookup", "--bf16", "--display-prompt", "--instruct", "--chatml", "--perf"}
 
 # What is better here. Differences in behaviour are told in docs/differences.md.
 BETTER = {

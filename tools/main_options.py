@@ -213,9 +213,9 @@ _GENERAL = in_group(
     _flag(("--no-display-prompt",), "display_prompt", "do not print the prompt", False, on=True),
     _flag(("--verbose-prompt",), "verbose_prompt", "list the tokens of the prompt"),
     _flag(("-sp", "--special"), "special", "print special tokens, too"),
-    Option(("--perf",), "perf",
-           "print at the end where the time went, by op, and what part of the machine's measured "
-           "peaks was reached", default=False, constant=True, new=True),
+    _flag(("--perf",), "perf",
+          "print at the end where the time went, by op, and what part of the machine's measured "
+          "peaks was reached"),
 )  # fmt: skip
 
 _COMPUTATION = in_group(
