@@ -120,7 +120,8 @@ class _Session:
         from engine.generate import check_prompt_fits, kept_positions
 
         options, log = self.options, self.log
-        log(f"main: {version_line()}")
+        if log.enabled:  # loading the package's metadata takes 15 ms
+            log(f"main: {version_line()}")
         log(f"main: seed  = {self.seed}")
         began = time.perf_counter()
         model = load_model(path, options, log, mapped=options.mmap, locked=options.mlock)

@@ -105,7 +105,8 @@ def read_grammar(options: MainOptions, log: Callable[[str], None]) -> Grammar | 
 
 
 def _schema_grammar(value: str, log: Callable[[str], None]) -> str:
-    from engine.grammar import GrammarError, schema_to_grammar
+    from engine.grammar import GrammarError
+    from engine.grammar.json_schema import schema_to_grammar
 
     where = GrammarSource.SCHEMA.value
     raw = os.fsencode(value)

@@ -7,10 +7,11 @@
 ``json_schema``       a JSON schema to a grammar; ``json_text``: its literals and patterns
 ``matcher``           `TokenTable`, the vocabulary's bytes; `GrammarMatcher`, one text on its way
 ====================  =========================================================================
+
+Every sampler loads this package; ``json_schema`` is loaded by those who have a schema.
 """
 
 from engine.grammar.gbnf import Grammar, GrammarError, parse_grammar
-from engine.grammar.json_schema import schema_to_grammar
 from engine.grammar.matcher import GrammarMatcher, TokenTable
 
 __all__ = [
@@ -19,5 +20,4 @@ __all__ = [
     "GrammarMatcher",
     "TokenTable",
     "parse_grammar",
-    "schema_to_grammar",
 ]

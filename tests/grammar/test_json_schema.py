@@ -13,8 +13,8 @@ from engine.grammar import (
     GrammarMatcher,
     TokenTable,
     parse_grammar,
-    schema_to_grammar,
 )
+from engine.grammar.json_schema import schema_to_grammar
 
 BYTES = TokenTable([bytes([i]) for i in range(256)], [])
 

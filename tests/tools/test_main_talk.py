@@ -83,11 +83,11 @@ def test_words_that_are_no_utf_8_are_kept(told, tmp_path) -> None:
     from engine.prompt_cache import PromptCacheFile
 
     path = tmp_path / "cache"
-    told(b"caf\xe9\xff\n", "-if", "-p", "A", "-n", "1", "--prompt-cache", str(path),
+    told(b"ol\xe9\xff\n", "-if", "-p", "A", "-n", "1", "--prompt-cache", str(path),
          "--prompt-cache-all")  # fmt: skip
     model = Model.load(DATA / "mini-f32.gguf")
     tokens = PromptCacheFile(path, Context(model, 256)).load().tokens
-    assert b"caf\xe9\xff\n" in model.tokenizer.decode(tokens)
+    assert b"ol\xe9\xff\n" in model.tokenizer.decode(tokens)
 
 
 def test_a_reverse_prompt_ends_a_run_without_people(told) -> None:
@@ -163,6 +163,39 @@ def test_a_scale_that_cannot_be_is_explained_and_goes_on(line, told) -> None:
     out, err = told(line.encode() + b"\nhello\n", *base)
     assert b"lora: /scale NAME X, with a name of: " in err
     assert out == told(b"hello\n", *base)[0]
+
+
+def test_a_session_whose_output_nobody_reads_ends_quietly() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, *MINI, "-i", "-p", "A", "--ignore-eos", "--log-disable"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(2) == b" A"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_session_without_standard_input_ends_at_its_first_turn() -> None:
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f'exec "{sys.executable}" -c "{CODE}" "$@" <&-',
+            "sh",
+            *MINI,
+            "-if",
+            "-p",
+            "A",
+        ],
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, b" A")
 
 
 # The prompt's cache.
