@@ -51,11 +51,11 @@ cdef Tensor result(str name, int64_t rows, int64_t cols):
 
 
 cdef bint in_pairs(Tensor w, bint partner, bint pairs):
-    """Whether products with w go in bf16 pairs.
+    """Whether products with w may go in bf16 pairs.
 
-    Never with F32 weights; in inference, not with any that bf16 would change.
+    Never with F32 weights; in inference, not with F16 ones, which bf16 would change for the worse.
     """
-    return pairs and w.type != F32 and (w.type == BF16 or not partner)
+    return pairs and w.type != F32 and not (partner and w.type == F16)
 
 
 cdef str weight_label(str what, Tensor w):

@@ -169,11 +169,7 @@ static inline int has_encoder(int type)
         type == TYPE_IQ4_NL;
 }
 
-/* Whether a type meets activations rounded to bytes (gemv.c has its dot product). */
-static inline int has_quant_dot(int type)
-{
-    return type == TYPE_Q4_0 || type == TYPE_Q4_1 || type == TYPE_Q5_0 || type == TYPE_Q5_1 ||
-        type == TYPE_Q8_0;
-}
+/* Whether a type meets activations rounded to bytes (quant.c): all that have scales. */
+static inline int has_quant_dot(int type) { return block_elements(type) > 1; }
 
 #endif

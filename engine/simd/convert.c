@@ -234,6 +234,7 @@ static void FN(encode_f16)(const float *x, int64_t n, uint16_t *y)
 struct q8_row {
     int8_t *q;
     float *scale, *sum;
+    int64_t group; /* elements of a sum: QUANT_BLOCK, or half of it */
 };
 
 V_INLINE float round_half(float x) { return _cvtsh_ss(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
@@ -248,19 +249,20 @@ static void FN(quantize_q8)(const float *x, int64_t n, int half_sums, struct q8_
             nothing = v_fma(v_load(x + i + j), v_zero(), nothing);
         }
         float largest = v_max_lane(top) + v_sum(nothing);
-        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        int32_t sum = 0;
-        float codes[QUANT_BLOCK];
-        for (int j = 0; j < QUANT_BLOCK; j += VL)
-            v_store(codes + j, v_round(v_mul(v_load(x + i + j), v_set1(inverse))));
-        for (int j = 0; j < QUANT_BLOCK; j++) {
-            row.q[i + j] = (int8_t)codes[j];
-            sum += row.q[i + j];
-        }
+        float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f; /* finite */
         float scale = round_half(largest / 127.0f);
         row.scale[i / QUANT_BLOCK] = scale;
-        row.sum[i / QUANT_BLOCK] =
-            half_sums ? round_half((float)sum * (largest / 127.0f)) : (float)sum * scale;
+        for (int64_t g = 0; g < QUANT_BLOCK; g += row.group) {
+            vf total = v_zero(); /* of small integers: exact */
+            for (int64_t j = g; j < g + row.group; j += VL) {
+                vf code = v_round(v_mul(v_load(x + i + j), v_set1(inverse)));
+                v_store_i8(row.q + i + j, code);
+                total = v_add(total, code);
+            }
+            float sum = v_sum(total);
+            row.sum[(i + g) / row.group] =
+                half_sums ? round_half(sum * (largest / 127.0f)) : sum * scale;
+        }
     }
 }
 

@@ -33,6 +33,7 @@
 #include "attend.c"
 #undef PRECISION
 #endif
+#include "quant.c"
 #include "gemv.c"
 #include "rowwise.c"
 #include "lora.c"

@@ -39,7 +39,7 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
 {
     int64_t blocks = a->n_in / QUANT_BLOCK;
     struct q8_row row = {(int8_t *)scratch + 8 * blocks, (float *)(void *)scratch,
-        (float *)(void *)scratch + blocks};
+        (float *)(void *)scratch + blocks, QUANT_BLOCK};
     FN(quantize_q8)(x, a->n_in, 1, row);
     for (int64_t i = 0; i < a->n_in; i += VL)
         v_store(y + i, v_mul(v_from_i8(row.q + i), v_set1(row.scale[i / QUANT_BLOCK])));

@@ -161,15 +161,56 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
     }
 }
 
-/* 32 unsigned by 32 signed bytes, summed by fours into 8 lanes. Without VNNI the products of neighbours
- * meet in 16 bits, so |u| must stay below 129: signed weights go by magnitude and moved sign. */
-V_INLINE vi v_dot_u8s8(vi u, vi s)
+/* Byte products without VNNI: sums of four products a 32-bit lane, unsigned by signed. The products of neighbours
+ * meet in 16 bits, so u must stay below 129: signed codes stay as they are and go by magnitude and moved sign. */
+V_INLINE vi v_zero_i(void) { return _mm256_setzero_si256(); }
+V_INLINE vi v_load_bytes(const void *p) { return _mm256_loadu_si256(p); }
+V_INLINE vi v_dot_bytes(vi acc, vi u, vi s)
 {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
+    vi pairs = _mm256_maddubs_epi16(u, s);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-/* The same for signed weights; the result counts `bias` times the sum of s too much. */
+V_INLINE vf v_from_i32(vi x) { return _mm256_cvtepi32_ps(x); }
 enum { SIGNED_BIAS = 0 };
-V_INLINE vi v_dot_s8s8(vi a, vi s)
+V_INLINE __m256i v_shift_signed(__m256i a) { return a; }
+V_INLINE vi v_dot_shifted(vi a, vi s)
 {
-    return v_dot_u8s8(_mm256_abs_epi8(a), _mm256_sign_epi8(s, a));
+    return v_dot_bytes(v_zero_i(), _mm256_abs_epi8(a), _mm256_sign_epi8(s, a));
+}
+V_INLINE __m256 v_half(vf a, int high)
+{
+    (void)high;
+    return a;
+}
+
+/* Four bytes at each of n places `stride` bytes apart, n <= VL; other lanes zero. */
+V_INLINE vi v_gather_words(const uint8_t *p, int64_t stride, int64_t n)
+{
+    int32_t words[VL] = {0};
+    for (int64_t i = 0; i < n; i++)
+        memcpy(words + i, p + i * stride, sizeof *words);
+    return _mm256_loadu_si256((const __m256i *)words);
+}
+/* The half-precision numbers in the low and the high halves of 32-bit lanes. */
+V_INLINE vf v_low_f16(vi x)
+{
+    vi low = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+    __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    return _mm256_cvtph_ps(packed);
+}
+V_INLINE vf v_high_f16(vi x) { return v_low_f16(_mm256_srli_epi32(x, 16)); }
+/* p[0] p[0] p[1] p[1] ... */
+V_INLINE vf v_load_twice(const float *p)
+{
+    const vi order = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), order);
+}
+/* Integral values of at most 127 as bytes. */
+V_INLINE void v_store_i8(int8_t *p, vf x)
+{
+    vi codes = _mm256_cvtps_epi32(x);
+    __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }

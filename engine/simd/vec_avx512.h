@@ -148,14 +148,42 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
     }
 }
 
-/* Byte products by VNNI, on 256 bits: a block of the quantized types is 32 bytes. */
-V_INLINE __m256i v_dot_u8s8(__m256i u, __m256i s)
+/* Byte products by VNNI: sums of four products a 32-bit lane, unsigned by signed, added to acc. */
+#define HAVE_BYTE_PRODUCT 1
+
+V_INLINE vi v_zero_i(void) { return _mm512_setzero_si512(); }
+V_INLINE vi v_load_bytes(const void *p) { return _mm512_loadu_si512(p); }
+V_INLINE vi v_dot_bytes(vi acc, vi u, vi s) { return _mm512_dpbusd_epi32(acc, u, s); }
+V_INLINE vi v_set_four(const uint8_t *p)
 {
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s);
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
 }
-/* Signed weights are made unsigned by adding 128, so 128 times the sum of s comes off again. */
+V_INLINE vf v_from_i32(vi x) { return _mm512_cvtepi32_ps(x); }
+/* Signed codes become unsigned by adding SIGNED_BIAS, so that many times the sum of s comes off again. */
 enum { SIGNED_BIAS = 128 };
-V_INLINE __m256i v_dot_s8s8(__m256i a, __m256i s)
+V_INLINE __m256i v_shift_signed(__m256i a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
+V_INLINE vi v_dot_shifted(vi u, vi s) { return v_dot_bytes(v_zero_i(), u, s); }
+
+/* Four bytes at each of n places `stride` bytes apart, n <= VL; other lanes zero. */
+V_INLINE vi v_gather_words(const uint8_t *p, int64_t stride, int64_t n)
 {
-    return v_dot_u8s8(_mm256_xor_si256(a, _mm256_set1_epi8(-128)), s);
+    const vi lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    vi at = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride));
+    return _mm512_mask_i32gather_epi32(v_zero_i(), v_mask(n), at, p, 1);
+}
+/* The half-precision numbers in the low and the high halves of 32-bit lanes. */
+V_INLINE vf v_low_f16(vi x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+V_INLINE vf v_high_f16(vi x) { return v_low_f16(_mm512_srli_epi32(x, 16)); }
+/* p[0] p[0] p[1] p[1] ... */
+V_INLINE vf v_load_twice(const float *p)
+{
+    const vi order = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(order, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+/* Integral values of at most 127 as bytes. */
+V_INLINE void v_store_i8(int8_t *p, vf x)
+{
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
