@@ -1,8 +1,10 @@
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.graph import Node
 from engine.lora import Adapter
 from engine.perf import OpTimes
 
@@ -14,6 +16,12 @@ class AdamWParams:
     decay: float = ...
     decay_min_ndim: int = ...
     gclip: float = ...
+
+class SquareSums(Node):
+    def __init__(self, *args: Any) -> None: ...
+
+class Update(Node):
+    def __init__(self, *args: Any) -> None: ...
 
 class AdamW:
     params: AdamWParams
