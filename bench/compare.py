@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from bench.cases import CASES, SCALING, Case, agree, quick, row_names, rows_of
 from bench.peaks import THREADS, Peak
-from bench.report import against, figure
+from bench.report import against, figure, threads_text
 from bench.results import keep, machine, machine_kind, merged, read_results
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def line_of(row: Mapping[str, Any]) -> str:
     """One row as it comes."""
     found = {**row["peers"], **({"target": row["target"]} if "target" in row else {})}
     parts = [f"{name} {against(other)}" for name, other in found.items()]
-    ours = f"{row['what']}, {row['threads']} threads: {figure(row['ours'])} {row['unit']}"
+    ours = f"{row['what']}, {threads_text(row['threads'])}: {figure(row['ours'])} {row['unit']}"
     return "; ".join([ours, *parts])
 
 
@@ -232,8 +232,8 @@ def compare(options: argparse.Namespace, peers: Sequence[Peer]) -> tuple[dict[st
     for n_threads in options.threads:
         first = n_threads == options.threads[0]
         result["isa"], peak = measure_peak(n_threads)
-        result["peaks"][f"{n_threads} threads" if n_threads > 1 else "1 thread"] = peak.rounded()
-        print(f"{n_threads} threads, kernels {result['isa']}: {peak}", flush=True)
+        result["peaks"][threads_text(n_threads)] = peak.rounded()
+        print(f"{threads_text(n_threads)}, kernels {result['isa']}: {peak}", flush=True)
         for case in chosen:
             if not first and case.kind not in SCALING:
                 continue

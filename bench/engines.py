@@ -339,7 +339,9 @@ def torch_model(path: str) -> Any:
     state = {}
     for name, info in file.tensors.items():
         stored = {"F32": torch.float32, "BF16": torch.bfloat16}[info.dtype.name]
-        tensor = torch.from_numpy(np.array(file.data(name))).view(stored).reshape(info.shape)
+        # Not from the map: its pages would count as memory of the process.
+        raw = np.fromfile(path, np.uint8, info.n_bytes, offset=info.offset)
+        tensor = torch.from_numpy(raw).view(stored).reshape(info.shape)
         n_head = heads.get(name.split(".")[-2])
         if n_head:
             tensor = publishers_rows(tensor, n_head)

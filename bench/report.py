@@ -23,6 +23,11 @@ def figure(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def threads_text(n: int) -> str:
+    """Count threads."""
+    return f"{n} thread{'s' * (n != 1)}"
+
+
 def against(other: Mapping[str, float]) -> str:
     """Write a peer's or a target's figure, and how many times better ours is."""
     return f"{figure(other['value'])} (× {other['ratio']:.2f})"
@@ -86,8 +91,7 @@ def rows_by_name(result: Result, brief: bool) -> dict[str, Result]:
     for row in result.get("rows", ()):
         few = row["threads"] != cores
         if not (brief and (few or row["unit"] == "GFLOP/s")):
-            plural = "" if row["threads"] == 1 else "s"
-            found[row["what"] + f", {row['threads']} thread{plural}" * few] = row
+            found[row["what"] + f", {threads_text(row['threads'])}" * few] = row
     return found
 
 

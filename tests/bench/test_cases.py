@@ -132,3 +132,8 @@ def test_a_quick_case_is_smaller_and_the_same_row():
         assert small.what == one.what
         assert all(small.args[k] <= v for k, v in one.args.items())
     assert quick(case("prompt")).args["tokens"] < case("prompt").args["tokens"]
+
+
+def test_a_quick_case_has_no_target_unless_it_is_the_whole_work():
+    assert target(quick(case("prompt")), INTEL, {}) is None
+    assert quick(case("product")) == case("product")
