@@ -7,9 +7,8 @@ decoded, added to and encoded again, some rows at a time. Every other tensor is 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.dtypes import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, DType
+from engine.dtypes import BF16, DType
 from engine.errors import DataError
+from engine.file_types import UNIFORM
 from engine.gguf import KeyType, TensorInfo, ValueType, write_gguf
-from engine.kernels import decode, encode
+from engine.kernels import decode, quantize
 from engine.llama import AdapterTensors
 from engine.lora import KINDS, Adapter, join_adapters
 from engine.model import Model
+from engine.quantize import in_order
 
 # Weights that are decoded together, with a copy and their sum.
 _PART_BYTES = 4 << 20
 
 _FILE_TYPE = "general.file_type"
-
-# Types that tensors can be written in, with the number that says so of a whole file.
-FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q8_0: 7, Q5_0: 8, Q5_1: 9, BF16: 32}
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
@@ -149,7 +147,7 @@ def merge(
     Raises
     ------
     DataError
-        If a tensor's type cannot be written, or a merged weight is not finite or beyond its type.
+        If a merged weight is not finite or beyond its type.
     EngineError
         If the file cannot be written; the former file is whole then.
     """
@@ -184,13 +182,7 @@ def _plan(
                 chosen = dtype
             if deltas and rescue and chosen.block > 1:
                 chosen = BF16
-        planned = _Planned(name, info, file.data(info.name), chosen, deltas)
-        if not planned.is_copy and chosen not in FILE_TYPES:
-            raise DataError(
-                f"{file.path}: tensor {name}: type {chosen.name} cannot be written; choose another "
-                "with --type, or keep what adapters touch in bf16 with --rescue bf16"
-            )
-        return planned
+        return _Planned(name, info, file.data(info.name), chosen, deltas)
 
     planned = [
         plan(name, info, _deltas(model, name, joined)) for name, info in file.tensors.items()
@@ -225,7 +217,7 @@ def _keys(model: Model, dtype: DType | None) -> list[tuple[str, KeyType, Any]]:
     if dtype is None:
         return keys
     kept = [key for key in keys if key[0] != _FILE_TYPE]
-    return [*kept, (_FILE_TYPE, ValueType.U32, FILE_TYPES[dtype])]
+    return [*kept, (_FILE_TYPE, ValueType.U32, UNIFORM[dtype])]
 
 
 def _write(
@@ -238,13 +230,9 @@ def _write(
         report.n_bytes = item.info.n_bytes
     else:
         step = max(1, _PART_BYTES // (4 * item.row_length))
-        waiting: deque[Future[_Part]] = deque()
-        for begin in range(0, item.rows, step):
-            waiting.append(pool.submit(_merge_rows, item, begin, min(begin + step, item.rows)))
-            if len(waiting) > ahead:
-                yield _count(report, waiting.popleft().result())
-        while waiting:
-            yield _count(report, waiting.popleft().result())
+        steps = ((begin, min(begin + step, item.rows)) for begin in range(0, item.rows, step))
+        for part in in_order(pool, lambda rows: _merge_rows(item, *rows), steps, ahead):
+            yield _count(report, part)
     on_tensor(report)
 
 
@@ -282,24 +270,18 @@ def _merge_rows(item: _Planned, begin: int, end: int) -> _Part:
                 values[rows] += addend
                 change += _squares(addend)
     flat = values.reshape(-1)
-    data = encode(item.dtype.id, flat)
+    mend = "look at the base with --check-tensors, and at the scales of the adapters"
+    _check(item, flat, f"infinite or NaN; {mend}")
+    data = quantize(item.dtype.id, values).reshape(-1)
     back = decode(item.dtype.id, data, flat.size)
-    _check_finite(item, flat, back)
+    _check(item, back, f"beyond {item.dtype.name}; choose another --type")
     np.subtract(back, flat, out=back)
     return _Part(data, flat.size, change, _squares(back), float(np.abs(back).max()))
 
 
-def _check_finite(item: _Planned, values: NDArray[np.float32], stored: NDArray[np.float32]) -> None:
+def _check(item: _Planned, values: NDArray[np.float32], problem: str) -> None:
     if not np.isfinite(values).all():
-        raise DataError(
-            f"tensor {item.name}: a merged weight is infinite or NaN; look at the base with "
-            "--check-tensors, and at the scales of the adapters"
-        )
-    if not np.isfinite(stored).all():
-        raise DataError(
-            f"tensor {item.name}: a merged weight is beyond {item.dtype.name}; "
-            "choose another --type"
-        )
+        raise DataError(f"tensor {item.name}: a merged weight is {problem}")
 
 
 def _squares(values: NDArray[np.float32]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.dtypes import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from engine.file_types import UNIFORM
 
 from .options import (
     Option,
@@ -19,10 +19,8 @@ from .options import (
     threads,
 )
 
-_WRITABLE = (F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0)
-
 # Types that a merged model's matrices can be given, as --type writes them.
-TYPES = {dtype.name.lower(): dtype for dtype in _WRITABLE}
+TYPES = {dtype.name.lower(): dtype for dtype in UNIFORM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +55,8 @@ TABLE = OptionTable(
                repeat=True),
         Option(("-t", "--threads"), "threads", "threads; 0 or less: all processors", (threads(),),
                shown_default="the cores that may be used"),
-        Option(("--type",), "type", "type of all matrices", (choice(*TYPES),), default="",
-               shown_default="each tensor's own"),
+        Option(("--type",), "type", "type of all matrices whose rows are whole blocks of it",
+               (choice(*TYPES),), default="", shown_default="each tensor's own"),
         Option(("--rescue",), "rescue",
                "store matrices that adapters touch as bf16 where they would be quantized",
                (choice("bf16"),), default="", shown_default="off"),

@@ -45,7 +45,8 @@ _NO_DEVICE = "everything is computed on this processor"
 _ONE_SEQUENCE = "one sequence is made"
 
 
-def _override() -> Value:
+def key_override() -> Value:
+    """Make a metadata key with a type and a value."""
     expected = "KEY=TYPE:VALUE with one of the types int, float, bool and str"
 
     def value_of(kind: str, written: str) -> Any:
@@ -86,7 +87,7 @@ MODEL = in_group(
     "model",
     Option(("--override-kv",), "overrides",
            "metadata instead of the model's; may be repeated, the first of a key counts",
-           (_override(),), repeat=True),
+           (key_override(),), repeat=True),
     Option(("--lora",), "adapters",
            "apply an adapter: .bin, GGUF or PEFT, told apart by content; may be repeated",
            (text("FNAME"),), repeat=True, make=lambda name: (name, 1.0)),

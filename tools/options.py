@@ -32,6 +32,7 @@ COMMANDS = (
     "perplexity",
     "compare",
     "export-lora",
+    "quantize",
     "convert-hf-to-gguf",
     "dtype-report",
     "validate",
@@ -302,6 +303,8 @@ class OptionTable:
         Take ``--name=value`` too, as the originals that are Python programs do.
     compares : bool
         The documentation tells how each row stands to the original's.
+    epilog : str
+        What follows the rows, as it is.
     """
 
     program: str
@@ -309,6 +312,7 @@ class OptionTable:
     strict_numbers: bool = False
     joined_values: bool = False
     compares: bool = False
+    epilog: str = ""
     _by_name: dict[str, Option] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -371,6 +375,8 @@ class OptionTable:
                 " ".join(refused), WIDTH - 2, initial_indent="  ", subsequent_indent="  ",
                 break_on_hyphens=False, break_long_words=False,
             )  # fmt: skip
+        if self.epilog:
+            lines += ["", self.epilog.rstrip("\n")]
         return "\n".join(lines) + "\n"
 
     def markdown(self) -> str:
@@ -392,6 +398,8 @@ class OptionTable:
             for row in refused:
                 names = ", ".join(f"`{name}`" for name in row.spellings)
                 lines.append(_table_line([names, _cell(row.refused)]))
+        if self.epilog:
+            lines += ["", "```text", self.epilog.rstrip("\n"), "```"]
         return "\n".join(lines).lstrip("\n") + "\n"
 
 

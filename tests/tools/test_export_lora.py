@@ -56,9 +56,9 @@ def test_a_type_of_all_matrices(capfd, tmp_path: Path) -> None:
 
 
 def test_the_types_of_the_option_are_those_that_can_be_written() -> None:
-    from engine.merge import FILE_TYPES
+    from engine.file_types import UNIFORM
 
-    assert set(TYPES.values()) == set(FILE_TYPES)
+    assert set(TYPES.values()) == set(UNIFORM)
 
 
 def test_a_shared_output_of_a_real_model_gets_its_own(capfd, tmp_path: Path) -> None:
