@@ -4,6 +4,7 @@
 enum {
     TILE_LANES = TILE_VECS * VL,
     CHUNK_TOKENS = 512, /* tokens worked on at a time: whole panels */
+    LONG_DEPTH = 512,   /* part of a reduction of bf16 that is longer than one part */
     BACK_COLUMNS =
         256, /* columns of W decoded at a time on the way back: whole blocks of every type */
 };
