@@ -9,7 +9,7 @@
  * n_out operations, and three more vectors for each 8 of codes. Matrix tiles of bytes gain nothing: their sums
  * leave by way of memory every 32 elements, and 330 G operations a second were less than these vectors' 400. */
 
-enum { DOT_BYTES = 4 * VL, DOT_BLOCKS = DOT_BYTES / QUANT_BLOCK };
+enum { DOT_BYTES = 4 * VL, DOT_BLOCKS = DOT_BYTES / QUANT_BLOCK, DOT_ROWS = 4 };
 
 V_INLINE int is_signed(int type)
 {
@@ -98,30 +98,49 @@ V_INLINE void unpack_row(int type, const uint8_t *w, int64_t n, uint8_t *q, floa
     }
 }
 
-/* One unpacked row times one activation row; group is a constant where it is called. `scaled`: groups' scales times
- * the activation's; `offset`: groups' offsets times its sums. */
-V_INLINE float dot_codes(int type, int64_t n, const uint8_t *q, const int8_t *x,
-    const float *scaled, const float *offset)
+/* DOT_ROWS unpacked rows, one behind the other, and what belongs to a group of each: its scale and offset, and those
+ * times an activation's. */
+struct unpacked {
+    uint8_t *q;
+    float *d, *m, *scaled, *offset;
+    int64_t q_stride, stride;
+};
+
+/* Some unpacked rows times one activation row: y[i]. Type and n_rows are constants where it is called; rows go side by
+ * side because each sum is one chain. */
+V_INLINE void dot_codes(
+    int type, int n_rows, int64_t n, const struct unpacked *w, const int8_t *x, float *y)
 {
-    __m256 acc = _mm256_setzero_ps();
+    __m256 acc[DOT_ROWS];
+    float total[DOT_ROWS] = {0};
     const int64_t per_block = QUANT_BLOCK / scale_group(type);
+    for (int r = 0; r < n_rows; r++)
+        acc[r] = _mm256_setzero_ps();
     for (int64_t i = 0; i < n; i += DOT_BYTES) {
-        vi u = v_load_bytes(q + i), s = v_load_bytes(x + i);
-        vf sums = v_from_i32(is_signed(type) ? v_dot_shifted(u, s) : v_dot_bytes(v_zero_i(), u, s));
-        for (int h = 0; h < DOT_BLOCKS; h++) {
-            const float *scale = scaled + (i / QUANT_BLOCK + h) * per_block;
-            __m256 factor = _mm256_set1_ps(scale[0]);
-            if (per_block == 2)
-                factor = _mm256_blend_ps(factor, _mm256_set1_ps(scale[1]), 0xF0);
-            acc = _mm256_fmadd_ps(v_half(sums, h), factor, acc);
+        vi s = v_load_bytes(x + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++) {
+            vi u = v_load_halves(w->q + r * w->q_stride + i);
+            vf sums =
+                v_from_i32(is_signed(type) ? v_dot_shifted(u, s) : v_dot_bytes(v_zero_i(), u, s));
+            for (int h = 0; h < DOT_BLOCKS; h++) {
+                const float *scale = w->scaled + r * w->stride + (i / QUANT_BLOCK + h) * per_block;
+                __m256 factor = _mm256_set1_ps(scale[0]);
+                if (per_block == 2)
+                    factor = _mm256_blend_ps(factor, _mm256_set1_ps(scale[1]), 0xF0);
+                acc[r] = _mm256_fmadd_ps(v_half(sums, h), factor, acc[r]);
+            }
         }
     }
-    float total = 0;
     for (int64_t g = 0; g < n / QUANT_BLOCK * per_block; g++)
-        total += offset[g];
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half))) + total;
+#pragma GCC unroll 4
+        for (int r = 0; r < n_rows; r++)
+            total[r] += w->offset[r * w->stride + g];
+    for (int r = 0; r < n_rows; r++) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc[r]), _mm256_extractf128_ps(acc[r], 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        y[r] = _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half))) + total[r];
+    }
 }
 
 V_INLINE int64_t whole_dots(int64_t n) { return (n + DOT_BYTES - 1) / DOT_BYTES * DOT_BYTES; }
@@ -155,20 +174,38 @@ V_INLINE void meet_scales(
         scaled[g] = 0;
 }
 
+/* Rows o ... o + n_rows of W times all tokens. */
+V_INLINE void quant_some(int type, int n_rows, const struct linear_args *a, const struct q8_row *x,
+    const struct unpacked *w, int64_t o)
+{
+    int64_t n = a->n_in, row_bytes = row_offset(type, n);
+    for (int r = 0; r < n_rows; r++)
+        unpack_row(type, (const uint8_t *)a->w + (o + r) * row_bytes, n, w->q + r * w->q_stride,
+            w->d + r * w->stride, w->m + r * w->stride);
+    for (int64_t t = 0; t < a->n_tokens; t++) {
+        for (int r = 0; r < n_rows; r++) {
+            int64_t at = r * w->stride;
+            meet_scales(n, x[t], w->d + at, w->m + at, w->scaled + at, w->offset + at);
+        }
+        dot_codes(type, n_rows, n, w, x[t].q, a->y + t * a->n_out + o);
+    }
+}
+
 V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_row *x,
     char *scratch, int64_t begin, int64_t end)
 {
-    int64_t n = a->n_in, row_bytes = row_offset(type, n), floats = n / scale_group(type) + 2 * VL;
-    float *d = (float *)(void *)scratch, *m = d + floats, *scaled = m + floats;
-    float *offset = scaled + floats;
-    uint8_t *q = (uint8_t *)(offset + floats);
-    for (int64_t o = begin; o < end; o++) {
-        unpack_row(type, (const uint8_t *)a->w + o * row_bytes, n, q, d, m);
-        for (int64_t t = 0; t < a->n_tokens; t++) {
-            meet_scales(n, x[t], d, m, scaled, offset);
-            a->y[t * a->n_out + o] = dot_codes(type, n, q, x[t].q, scaled, offset);
-        }
-    }
+    struct unpacked w = {
+        .stride = a->n_in / scale_group(type) + 2 * VL, .q_stride = whole_dots(a->n_in)};
+    int64_t floats = DOT_ROWS * w.stride, o = begin;
+    w.d = (float *)(void *)scratch;
+    w.m = w.d + floats;
+    w.scaled = w.m + floats;
+    w.offset = w.scaled + floats;
+    w.q = (uint8_t *)(w.offset + floats);
+    for (; o + DOT_ROWS <= end; o += DOT_ROWS)
+        quant_some(type, DOT_ROWS, a, x, &w, o);
+    for (; o < end; o++)
+        quant_some(type, 1, a, x, &w, o);
 }
 
 /* Calls `what` with the type as a constant. */
@@ -269,7 +306,7 @@ static void FN(pack_bytes)(const struct linear_args *a, const struct worker *wor
 }
 
 /* QUANT_ROWS unpacked rows: codes at distance `stride`, scales and offsets at `floats`. */
-struct quant_rows {
+struct quant_matrix {
     uint8_t *q;
     float *d, *m;
     int64_t stride, floats;
@@ -277,7 +314,7 @@ struct quant_rows {
 
 /* c[i][j] = sum over blocks of d[i] (e[j] sum of codes) + m[i] sum[j] for QUANT_TILE rows from `first` on. */
 static void FN(quant_tile)(
-    int64_t blocks, const struct quant_rows *w, int64_t first, struct quant_panel x, float *c)
+    int64_t blocks, const struct quant_matrix *w, int64_t first, struct quant_panel x, float *c)
 {
     const uint8_t *q = w->q + first * w->stride;
     const float *d = w->d + first * w->floats, *m = w->m + first * w->floats;
@@ -317,7 +354,7 @@ static void FN(quant_tile)(
 }
 
 static void FN(quant_block)(
-    int64_t rows, int64_t blocks, const struct quant_rows *w, struct quant_panel x, float *c)
+    int64_t rows, int64_t blocks, const struct quant_matrix *w, struct quant_panel x, float *c)
 {
     for (int64_t i = 0; i < rows; i += QUANT_TILE)
         FN(quant_tile)(blocks, w, i, x, c);
@@ -327,7 +364,7 @@ V_INLINE void quant_chunks(
     int type, const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
     int64_t n = a->n_in, blocks = n / QUANT_BLOCK, row_bytes = row_offset(type, n);
-    struct quant_rows w = {.stride = n + 64, .floats = blocks + 2 * VL};
+    struct quant_matrix w = {.stride = n + 64, .floats = blocks + 2 * VL};
     float *result = (float *)(void *)scratch;
     w.d = result + QUANT_ROWS * QUANT_LANES;
     w.m = w.d + QUANT_ROWS * w.floats;

@@ -165,6 +165,7 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
  * meet in 16 bits, so u must stay below 129: signed codes stay as they are and go by magnitude and moved sign. */
 V_INLINE vi v_zero_i(void) { return _mm256_setzero_si256(); }
 V_INLINE vi v_load_bytes(const void *p) { return _mm256_loadu_si256(p); }
+V_INLINE vi v_load_halves(const void *p) { return v_load_bytes(p); }
 V_INLINE vi v_dot_bytes(vi acc, vi u, vi s)
 {
     vi pairs = _mm256_maddubs_epi16(u, s);

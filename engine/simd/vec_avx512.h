@@ -153,6 +153,12 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
 
 V_INLINE vi v_zero_i(void) { return _mm512_setzero_si512(); }
 V_INLINE vi v_load_bytes(const void *p) { return _mm512_loadu_si512(p); }
+/* The same of what was just stored 32 bytes at a time: a load across two stores would wait for both. */
+V_INLINE vi v_load_halves(const void *p)
+{
+    __m256i low = _mm256_loadu_si256(p), high = _mm256_loadu_si256((const __m256i *)p + 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
 V_INLINE vi v_dot_bytes(vi acc, vi u, vi s) { return _mm512_dpbusd_epi32(acc, u, s); }
 V_INLINE vi v_set_four(const uint8_t *p)
 {
