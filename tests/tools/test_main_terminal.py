@@ -19,6 +19,8 @@ CODE = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from engine.tools.main import main; sys.exit(main())"
 )
+pytestmark = pytest.mark.slow  # a terminal is waited for: minutes on a busy machine
+
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # The terminal is asked to mark what is pasted, when a line is about to be read.
 READING = b"\x1b[?2004h"
