@@ -51,11 +51,12 @@ cdef Tensor result(str name, int64_t rows, int64_t cols):
 
 
 cdef bint in_pairs(Tensor w, bint partner, bint pairs):
-    """Whether products with w may go in bf16 pairs.
+    """Whether products with w go in bf16 pairs.
 
-    Never with F32 weights; in inference, not with F16 ones, which bf16 would change for the worse.
+    Never with F32 weights; in inference, not with any that bf16 would change: SmolLM2 in Q4_1 on
+    matrix tiles had a perplexity 0.3 % away from the original's.
     """
-    return pairs and w.type != F32 and not (partner and w.type == F16)
+    return pairs and w.type != F32 and (w.type == BF16 or not partner)
 
 
 cdef str weight_label(str what, Tensor w):

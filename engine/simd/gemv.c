@@ -83,17 +83,6 @@ static void FN(linear_gemv)(const struct linear_args *a, const struct worker *wo
         FN(add_lora)(a, 0, a->n_tokens, begin, end - begin);
 }
 
-/* Whether a product goes in bf16 pairs. Where activations are to be rounded to bytes, tiles alone are faster than the
- * bytes, and rounding to bf16 is the finer: 0.1 % of an element against 0.5 %. */
-V_INLINE int multiplies_pairs(const struct linear_args *a)
-{
-    int bytes = rounds(a);
-#ifdef HAVE_MATRIX_TILES
-    bytes = bytes && a->n_tokens <= BYTE_TOKENS;
-#endif
-    return a->pairs && a->n_in % 2 == 0 && !bytes;
-}
-
 static void FN(linear)(const void *p, const struct worker *worker)
 {
     const struct linear_args *a = p;
@@ -102,10 +91,8 @@ static void FN(linear)(const void *p, const struct worker *worker)
         return;
     }
 #ifdef HAVE_PAIR_PRODUCT
-    if (multiplies_pairs(a)) {
-        struct linear_args unrounded = *a;
-        unrounded.partner = 0;
-        CAT(linear_gemm_bf16, VARIANT)(&unrounded, worker);
+    if (a->pairs && a->n_in % 2 == 0) {
+        CAT(linear_gemm_bf16, VARIANT)(a, worker);
         return;
     }
 #endif

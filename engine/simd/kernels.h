@@ -27,7 +27,6 @@ struct embed_args {
  * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
  * sums) first, as the original does.
  * pairs: where there is a pair product, round x (and W, unless stored so) to bf16 and use it; sums stay float.
- * With both, tiles multiply more than BYTE_TOKENS tokens in pairs, and all else goes by bytes.
  * packed: linear_packed_bytes() shared by the workers, used where n_tokens > GEMV_TOKENS. */
 struct linear_args {
     int64_t n_tokens, n_in, n_out;
@@ -53,11 +52,7 @@ struct linear_back_args {
     void *packed;
 };
 
-enum {
-    GEMV_TOKENS = 8, /* up to here a row of weights meets each token by a dot product */
-    BYTE_TOKENS =
-        32, /* up to here activations are rounded to bytes even where there are tiles of bf16 */
-};
+enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
 
 enum {
     MAX_ROW =
