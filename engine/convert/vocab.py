@@ -121,7 +121,7 @@ def _prefix_key(files: Files) -> list[Key]:
 
 def _read_pieces(path: Path) -> list[tuple[str, float, TokenType]]:
     try:
-        import sentencepiece  # type: ignore[import-untyped, unused-ignore]
+        import sentencepiece
     except ImportError:
         raise EngineError(
             f"{path}: reading it needs the package sentencepiece; pip install 'cylora[convert]'"
