@@ -86,83 +86,106 @@ V_INLINE __m256i group_codes(int type, const uint8_t *p, int g)
     }
 }
 
-/* d[i] = scale code[i] for n bytes, n whole vectors or 8. */
-V_INLINE void scaled_bytes(const int8_t *codes, int n, float scale, float *d)
+/* d[i] = scale (byte i - middle) for the eight bytes of a word. From registers alone: bytes that were just stored in
+ * other widths would be waited for. */
+V_INLINE void scaled_bytes(uint64_t bytes, int middle, float scale, float *d)
 {
-    for (int i = 0; i < n; i++)
-        d[i] = scale * (float)codes[i];
+    __m256i codes = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes));
+    codes = _mm256_sub_epi32(codes, _mm256_set1_epi32(middle));
+    _mm256_storeu_ps(d, _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(scale)));
 }
+
+V_INLINE uint64_t word_at(const void *p)
+{
+    uint64_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+}
+
+V_INLINE uint32_t half_word_at(const void *p)
+{
+    uint32_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+}
+
+/* Each byte's low two, four, six bits. */
+#define LOW_2 0x0303030303030303u
+#define LOW_4 0x0F0F0F0F0F0F0F0Fu
+#define LOW_6 0x3F3F3F3F3F3F3F3Fu
 
 /* The eight scales and eight minima of six bits in q4_k and q5_k: four of each lie in the low bits of the first
  * eight bytes, whose upper two bits complete the others' nibbles in the last four. */
-V_INLINE void six_bit_pairs(const uint8_t *packed, int8_t scales[8], int8_t minima[8])
+V_INLINE void six_bit_pairs(const uint8_t *packed, uint64_t *scales, uint64_t *minima)
 {
-    const uint32_t two = 0x03030303, four = 0x0F0F0F0F, six = 0x3F3F3F3F;
-    uint32_t word[3], out[2];
-    memcpy(word, packed, sizeof word);
-    out[0] = word[0] & six;
-    out[1] = (word[2] & four) | (word[0] >> 6 & two) << 4;
-    memcpy(scales, out, sizeof out);
-    out[0] = word[1] & six;
-    out[1] = (word[2] >> 4 & four) | (word[1] >> 6 & two) << 4;
-    memcpy(minima, out, sizeof out);
+    uint64_t first = word_at(packed), last = half_word_at(packed + 8);
+    uint64_t low = first & LOW_6;
+    uint64_t high = ((last | last >> 4 << 32) & LOW_4) | (first >> 6 & LOW_2) << 4;
+    *scales = (low & 0xFFFFFFFFu) | high << 32;
+    *minima = low >> 32 | (high & 0xFFFFFFFF00000000u);
 }
 
-/* The sixteen scales of six bits in q3_k, less 32: nibbles of eight bytes, upper bits in the last four. */
-V_INLINE void six_bit_scales(const uint8_t *packed, int8_t scales[16])
+/* The sixteen scales of six bits in q3_k: nibbles of eight bytes, upper bits in the last four. */
+V_INLINE void six_bit_scales(const uint8_t *packed, uint64_t scales[2])
 {
-    const uint32_t two = 0x03030303, four = 0x0F0F0F0F;
-    uint32_t word[3], out[4];
-    memcpy(word, packed, sizeof word);
-    for (int i = 0; i < 4; i++)
-        out[i] = (word[i % 2] >> i / 2 * 4 & four) | (word[2] >> 2 * i & two) << 4;
-    memcpy(scales, out, sizeof out);
-    for (int i = 0; i < 16; i++)
-        scales[i] = (int8_t)(scales[i] - 32);
+    uint64_t nibbles = word_at(packed), upper = half_word_at(packed + 8);
+    uint64_t both = (upper & 0xFFFFFFFFu) | upper >> 2 << 32;
+    scales[0] = (nibbles & LOW_4) | (both & LOW_2) << 4;
+    scales[1] = (nibbles >> 4 & LOW_4) | (both >> 4 & LOW_2) << 4;
+}
+
+/* The eight scales of six bits in iq4_xs: nibbles of four bytes, upper bits in the two before. */
+V_INLINE void iq4_scales(const struct block_iq4_xs *b, float scale, float *d)
+{
+    __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i low = _mm256_srlv_epi32(
+        _mm256_set1_epi32((int)half_word_at(b->scales_l)), _mm256_slli_epi32(place, 2));
+    __m256i high = _mm256_srlv_epi32(
+        _mm256_set1_epi32(b->scales_h[0] | b->scales_h[1] << 8), _mm256_slli_epi32(place, 1));
+    low = _mm256_and_si256(low, _mm256_set1_epi32(15));
+    high = _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4);
+    __m256i codes = _mm256_sub_epi32(_mm256_or_si256(low, high), _mm256_set1_epi32(32));
+    _mm256_storeu_ps(d, _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(scale)));
 }
 
 /* Scale and offset of each group of a block: d and m above; m where scale_fields() is 2, else untouched. */
 V_INLINE void group_scales(int type, const uint8_t *p, float *d, float *m)
 {
-    int8_t scales[16], minima[16];
+    uint64_t scales[2], minima;
     switch (type) {
     case TYPE_Q2_K: {
         const struct block_q2_k *b = (const void *)p;
-        for (int i = 0; i < 16; i++) {
-            scales[i] = b->scales[i] & 15;
-            minima[i] = b->scales[i] >> 4;
+        for (int i = 0; i < 16; i += 8) {
+            uint64_t both = word_at(b->scales + i);
+            scaled_bytes(both & LOW_4, 0, f16_value(b->d), d + i);
+            scaled_bytes(both >> 4 & LOW_4, 0, -f16_value(b->dmin), m + i);
         }
-        scaled_bytes(scales, 16, f16_value(b->d), d);
-        scaled_bytes(minima, 16, -f16_value(b->dmin), m);
         break;
     }
     case TYPE_Q3_K: {
         const struct block_q3_k *b = (const void *)p;
         six_bit_scales(b->scales, scales);
-        scaled_bytes(scales, 16, f16_value(b->d), d);
+        scaled_bytes(scales[0], 32, f16_value(b->d), d);
+        scaled_bytes(scales[1], 32, f16_value(b->d), d + 8);
         break;
     }
     case TYPE_Q4_K:
     case TYPE_Q5_K: {
         const struct block_q4_k *b = (const void *)p; /* q5_k begins alike */
-        six_bit_pairs(b->scales, scales, minima);
-        scaled_bytes(scales, 8, f16_value(b->d), d);
-        scaled_bytes(minima, 8, -f16_value(b->dmin), m);
+        six_bit_pairs(b->scales, scales, &minima);
+        scaled_bytes(scales[0], 0, f16_value(b->d), d);
+        scaled_bytes(minima, 0, -f16_value(b->dmin), m);
         break;
     }
     case TYPE_Q6_K: {
         const struct block_q6_k *b = (const void *)p;
-        scaled_bytes(b->scales, 16, f16_value(b->d), d);
+        scaled_bytes(word_at(b->scales), 0, f16_value(b->d), d);
+        scaled_bytes(word_at(b->scales + 8), 0, f16_value(b->d), d + 8);
         break;
     }
     case TYPE_IQ4_XS: {
         const struct block_iq4_xs *b = (const void *)p;
-        unsigned high = b->scales_h[0] | (unsigned)b->scales_h[1] << 8;
-        for (int i = 0; i < 8; i++) {
-            int low = b->scales_l[i / 2] >> i % 2 * 4 & 15;
-            scales[i] = (int8_t)((low | (int)(high >> 2 * i & 3) << 4) - 32);
-        }
-        scaled_bytes(scales, 8, f16_value(b->d), d);
+        iq4_scales(b, f16_value(b->d), d);
         break;
     }
     default:
@@ -170,5 +193,9 @@ V_INLINE void group_scales(int type, const uint8_t *p, float *d, float *m)
         break;
     }
 }
+
+#undef LOW_2
+#undef LOW_4
+#undef LOW_6
 
 #endif

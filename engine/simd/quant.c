@@ -132,10 +132,16 @@ V_INLINE void dot_codes(
             }
         }
     }
-    for (int64_t g = 0; g < n / QUANT_BLOCK * per_block; g++)
-#pragma GCC unroll 4
+    if (block_elements(type) == SUPER_BLOCK) { /* groups are whole vectors */
         for (int r = 0; r < n_rows; r++)
-            total[r] += w->offset[r * w->stride + g];
+            for (int64_t g = 0; g < n / QUANT_BLOCK * per_block; g += 8)
+                acc[r] = _mm256_add_ps(acc[r], _mm256_loadu_ps(w->offset + r * w->stride + g));
+    } else {
+        for (int64_t g = 0; g < n / QUANT_BLOCK; g++)
+#pragma GCC unroll 4
+            for (int r = 0; r < n_rows; r++)
+                total[r] += w->offset[r * w->stride + g];
+    }
     for (int r = 0; r < n_rows; r++) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc[r]), _mm256_extractf128_ps(acc[r], 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
