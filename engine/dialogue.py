@@ -279,7 +279,9 @@ class Dialogue:
         self._piece = piece or tokenizer.piece
         self._evaluated = evaluated
         self._reversed = reverse.push(())
-        self._asks = asks_first or self._reversed
+        # Where no tokens are wanted, turns follow each other.
+        self._mute = generation.n_predict == 0
+        self._asks = asks_first or self._reversed or self._mute
         self._interrupted = False
         # Put in front of the next turn where the model has ended its text.
         self._opener: list[int] = []
@@ -298,12 +300,11 @@ class Dialogue:
         if any(map(self._tokenizer.is_eog, self._generation.tokens[-1:])):
             self._end_answer()
         # What is there already is evaluated while the person thinks.
-        if self._asks and not self._generation.settle():
+        if self._asks and not self._settle():
             return
-        self._evaluated()
         while True:
             while self._asks:
-                if not self._take_turn():
+                if not self._take_turn() or (self._asks and not self._settle()):
                     return
             token = self._generation.step()
             if token is None:
@@ -311,6 +312,13 @@ class Dialogue:
             self._show(token)
             self._evaluated()
             self._asks |= self._interrupted
+
+    def _settle(self) -> bool:
+        """Evaluate what is there; False where the context is full."""
+        settled = self._generation.settle()
+        if settled:
+            self._evaluated()
+        return settled
 
     def _show(self, token: int) -> None:
         self._partner.show(self._piece(token))
@@ -372,4 +380,5 @@ class Dialogue:
     def _feed(self, tokens: Sequence[int]) -> None:
         self._generation.feed(tokens)
         # A turn that ends like a reverse prompt hands back at once, as in the original.
-        self._asks = self._reversed = self._reverse.push(tokens)
+        self._reversed = self._reverse.push(tokens)
+        self._asks = self._reversed or self._mute

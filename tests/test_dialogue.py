@@ -194,6 +194,13 @@ def test_words_that_use_the_number_up_are_answered_all_the_same() -> None:
     assert shown == b"abc<[a long turn\n]>def<"
 
 
+def test_where_no_tokens_are_wanted_turns_follow_each_other() -> None:
+    shown, generation = talk(b"abc", b"x\n", b"\n", b"y\n", n_predict=0)
+    assert shown == b"<[x\n]><[\n]<[y\n]><"
+    assert text_of(generation) == b"A:<x\n><y\n>"
+    assert generation.evaluated() == len(generation.tokens)
+
+
 def test_an_interrupt_hands_over_after_the_token() -> None:
     shown, _ = talk(b"hello|", b"wait\n", interrupt_after=2)
     assert shown == b"he<[wait\n]>llo\n<"

@@ -731,6 +731,15 @@ def test_an_unknown_sampler_is_refused_by_name(text: str, unknown: str) -> None:
         sampler_order(text)
 
 
+def test_a_queue_may_be_said_to_be_names_or_letters() -> None:
+    assert sampler_order("temp", letters=False) == ("temperature",)
+    assert sampler_order("ttk", letters=True) == ("temperature", "temperature", "top_k")
+    with pytest.raises(OptionError, match=r"^samplers: unknown sampler 'kt'"):
+        sampler_order("kt", letters=False)
+    with pytest.raises(OptionError, match=r"^sampling_seq: unknown sampler 'e'"):
+        sampler_order("temp", letters=True)
+
+
 def test_the_description_is_the_one_users_know() -> None:
     assert describe(SamplingParams()) == (
         "sampling: \n"

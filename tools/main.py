@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,8 @@ def _run(arguments: Sequence[str]) -> int:
 def _warn(log: Log, options: MainOptions, parsed: Parsed) -> None:
     if options.negative_prompt and options.cfg_scale <= 1:
         log("warning: the negative prompt has no effect without a --cfg-scale above 1")
+    for line in _alone(options):
+        log(f"warning: {line}")
     for warning in parsed.warnings:
         log(f"warning: {warning}")
     if "gpu_layers" in options.given:
@@ -89,6 +91,22 @@ def _warn(log: Log, options: MainOptions, parsed: Parsed) -> None:
             log(line.format(option="--gpu-layers"))
     for line in dict.fromkeys(options.without_effect):
         log(f"warning: {line}")
+
+
+def _alone(options: MainOptions) -> Iterator[str]:
+    """Name the options that have no effect for want of another one."""
+    talks = ("multiline_input", "input_prefix", "input_prefix_bos", "input_suffix")
+    caches = ("prompt_cache_all", "prompt_cache_read_only")
+    for fields, partner, is_there in (
+        (talks, "--interactive", is_interactive(options)),
+        (caches, "--prompt-cache", options.prompt_cache),
+        (("group_width",), "--grp-attn-n", options.group_factor != 1),
+        (("control_layers",), "--control-vector", options.control_vectors),
+    ):
+        for name in fields:
+            if name in options.given and not is_there:
+                row = next(row for row in main_options.TABLE.rows if row.dest == name)
+                yield f"{row.spellings[-1]} has no effect without {partner}"
 
 
 class _Session:

@@ -58,6 +58,13 @@ class GrammarSource(Enum):
     SCHEMA = "--json-schema"
 
 
+class QueueForm(Enum):
+    """How a queue of samplers is written."""
+
+    NAMES = "--samplers"
+    LETTERS = "--sampling-seq"
+
+
 @dataclass(frozen=True, slots=True)
 class MainOptions:
     """What a run of `main` was asked for."""
@@ -126,7 +133,7 @@ class MainOptions:
     yarn_beta_slow: float
     yarn_beta_fast: float
     without_effect: tuple[str, ...]
-    samplers: str
+    samplers: tuple[QueueForm, str]
     temp: float
     top_k: int
     top_p: float
@@ -251,9 +258,11 @@ _COMPUTATION = in_group(
 _SAMPLING = in_group(
     "sampling",
     Option(("--samplers",), "samplers", "samplers in their order, separated by ;",
-           (text("SAMPLERS"),), default=DEFAULT_SAMPLERS),
+           (text("SAMPLERS"),), default=(QueueForm.NAMES, DEFAULT_SAMPLERS),
+           make=lambda value: (QueueForm.NAMES, value), shown_default=DEFAULT_SAMPLERS),
     Option(("--sampling-seq",), "samplers", "the same by their letters", (text("SEQUENCE"),),
-           default=DEFAULT_SAMPLERS, shown_default=DEFAULT_SEQUENCE),
+           default=(QueueForm.NAMES, DEFAULT_SAMPLERS),
+           make=lambda value: (QueueForm.LETTERS, value), shown_default=DEFAULT_SEQUENCE),
     _flag(("--ignore-eos",), "ignore_eos", "never choose the end-of-sequence token"),
     Option(("-l", "--logit-bias"), "logit_bias",
            "make a token likelier or less likely, as in 15043+1; may be repeated", (_bias(),),
@@ -318,7 +327,7 @@ _DOWNLOADS = not_offered(
 )  # fmt: skip
 
 _SPECULATIVE = not_offered(
-    "not offered here: there is no draft model; leave it out, the text is the same",
+    "not offered here: there is no draft model; leave it out, or give --lookup instead",
     "-md|--model-draft", "-td|--threads-draft", "-tbd|--threads-batch-draft", "--draft",
     "-ps|--p-split", "-ngld|--gpu-layers-draft", "-lcs|--lookup-cache-static",
     "-lcd|--lookup-cache-dynamic",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import OptionError
 
-from .main_options import GrammarSource, MainOptions
+from .main_options import GrammarSource, MainOptions, QueueForm
 from .prompt import file_bytes
 
 # What loads numpy is imported where it is used.
@@ -32,6 +32,7 @@ def sampling_params(options: MainOptions, seed: int, tokenizer: Tokenizer) -> Sa
     bias = dict(options.logit_bias)
     if options.ignore_eos and tokenizer.eos_id >= 0:
         bias[tokenizer.eos_id] = float("-inf")
+    form, queue = options.samplers
     with _spelled_out():
         return SamplingParams(
             temp=options.temp,
@@ -51,7 +52,7 @@ def sampling_params(options: MainOptions, seed: int, tokenizer: Tokenizer) -> Sa
             mirostat_tau=options.mirostat_tau,
             mirostat_eta=options.mirostat_eta,
             logit_bias=bias,
-            samplers=sampler_order(options.samplers),
+            samplers=sampler_order(queue, form is QueueForm.LETTERS),
             seed=seed,
             cfg_scale=options.cfg_scale,
         )
@@ -147,6 +148,7 @@ _SPELLINGS = {
     "mirostat_eta": "--mirostat-lr",
     "logit_bias": "--logit-bias",
     "samplers": "--samplers",
+    "sampling_seq": "--sampling-seq",
     "seed": "--seed",
 }
 

@@ -126,7 +126,7 @@ class SamplingParams:
                 raise OptionError(f"samplers: {name!r} is none of {', '.join(SAMPLERS)}")
 
 
-def sampler_order(names_or_letters: str) -> tuple[str, ...]:
+def sampler_order(names_or_letters: str, letters: bool | None = None) -> tuple[str, ...]:
     """Read a queue of samplers as users type it.
 
     Parameters
@@ -134,6 +134,8 @@ def sampler_order(names_or_letters: str) -> tuple[str, ...]:
     names_or_letters : str
         Names separated by ``;`` (``top_k;typical;temp``), or one letter a sampler (``kyt``). A
         single word that is a name is read as the name. Empty text is an empty queue.
+    letters : bool, optional
+        Which of both it is, where that is known.
 
     Returns
     -------
@@ -147,11 +149,14 @@ def sampler_order(names_or_letters: str) -> tuple[str, ...]:
     """
     names = [name for name in names_or_letters.split(";") if name]
     known = {**{name: name for name in SAMPLERS}, **ALIASES}
-    if ";" not in names_or_letters and names_or_letters not in known:
+    if letters is None:
+        letters = ";" not in names_or_letters and names_or_letters not in known
+    if letters:
         names, known = list(names_or_letters), LETTERS
     for name in names:
         if name not in known:
-            raise OptionError(f"samplers: unknown sampler {name!r}; known are {', '.join(known)}")
+            field = "sampling_seq" if letters else "samplers"
+            raise OptionError(f"{field}: unknown sampler {name!r}; known are {', '.join(known)}")
     return tuple(known[name] for name in names)
 
 

@@ -160,7 +160,15 @@ def test_a_bias_for_a_token_that_the_model_lacks_is_refused(capfd):
 
 def test_an_unknown_sampler_is_refused_by_name(capfd):
     model = ["-m", str(DATA / "mini-f32.gguf"), "-p", "x", "-n", "1"]
-    assert "'magic'" in refused([*model, "--samplers", "top_k;magic"], capfd)
+    for option, queue, unknown in (
+        ("--samplers", "top_k;magic", "magic"),
+        ("--samplers", "magic", "magic"),
+        ("--samplers", "kfy", "kfy"),
+        ("--sampling-seq", "kfz", "z"),
+        ("--sampling-seq", "temp", "e"),
+    ):
+        line = refused([*model, option, queue], capfd)
+        assert line.startswith(f"error: {option}: unknown sampler '{unknown}'; known are ")
 
 
 def test_a_weight_that_is_no_number_is_found_on_request(tmp_path, capfd):

@@ -16,7 +16,7 @@ from engine.tools import main as command
 from engine.tools.main_cache import CachedPrompt
 from engine.tools.main_lines import tell_timings
 from engine.tools.main_log import Log
-from engine.tools.main_options import TABLE, MainOptions, PromptSource, parse
+from engine.tools.main_options import TABLE, MainOptions, PromptSource, QueueForm, parse
 from engine.tools.main_run import Run
 from engine.tools.options import UsageError
 from engine.tools.prompt import prompt_bytes
@@ -88,7 +88,7 @@ DEFAULTS = {
     "yarn_beta_slow": 1.0,
     "yarn_beta_fast": 32.0,
     "without_effect": (),
-    "samplers": "top_k;tfs_z;typical_p;top_p;min_p;temperature",
+    "samplers": (QueueForm.NAMES, "top_k;tfs_z;typical_p;top_p;min_p;temperature"),
     "temp": 0.8,
     "top_k": 40,
     "top_p": 0.95,
@@ -265,7 +265,7 @@ def test_the_defaults_of_sampling_are_the_engines_own():
     }  # fmt: skip
     for ours, theirs in names.items():
         assert getattr(values, ours) == getattr(params, theirs), ours
-    assert sampling.sampler_order(values.samplers) == params.samplers
+    assert sampling.sampler_order(values.samplers[1]) == params.samplers
 
 
 @pytest.mark.parametrize("spelling", both_spellings(ORIGINAL))

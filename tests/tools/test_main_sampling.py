@@ -14,7 +14,23 @@ from engine.tools import main as command
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = str(DATA / "mini-f32.gguf")
+RUNS = json.loads((DATA / "sampling.json").read_text())
 RUN = ["-m", MODEL, "-p", "FERRYMAN:", "-n", "12", "-s", "42"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_text_is_the_originals(name, capfdbinary):
+    run = RUNS[name]
+    assert command.main(["-m", str(DATA / run["model"]), *run["args"]]) == 0
+    assert capfdbinary.readouterr().out == run["stdout"].encode("latin-1")
+
+
+def test_the_recorded_options_change_the_text():
+    """Else the runs above would show nothing."""
+    for model in ("mini-f32", "mini-gqa-f32"):
+        texts = [run["stdout"] for name, run in RUNS.items() if name.endswith(f"-{model}")]
+        # What a queue leaves of one token is the same whichever left it.
+        assert len(set(texts)) > len(texts) * 3 // 4
 
 
 def text_of(capfdbinary, *options: str) -> str:

@@ -135,6 +135,24 @@ def test_a_template_is_not_ignored_in_silence(told) -> None:
     assert b"warning: --chat-template has no effect without --conversation" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "partner"),
+    [
+        (["--in-prefix", "Q", "--in-suffix", "A", "--in-prefix-bos", "-mli"], "--interactive"),
+        (["--prompt-cache-all", "--prompt-cache-ro"], "--prompt-cache"),
+        (["-gaw", "64"], "--grp-attn-n"),
+        (["--control-vector-layer-range", "1", "2"], "--control-vector"),
+    ],
+)
+def test_options_without_their_partner_are_told_to_have_no_effect(options, partner, told) -> None:
+    base = ["-p", "FERRYMAN:", "-n", "3", "--temp", "0"]
+    out, err = told(b"", *base, *options)
+    assert out == told(b"", *base)[0]
+    for name in filter(lambda word: word.startswith("--"), options):
+        assert f"warning: {name} has no effect without {partner}\n".encode() in err
+    assert b"has no effect" in err
+
+
 @pytest.mark.parametrize("option", ["-ins", "-cml"])
 def test_instruct_and_chatml_wait_for_the_person(option, told) -> None:
     out, _ = told(b"hello\n", option, "-p", "A", "-n", "4", "--temp", "0")
