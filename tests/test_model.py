@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 import engine.model
 from engine import kernels
-from engine.dtypes import BF16, F32
+from engine.dtypes import BF16, F32, Q8_0
 from engine.errors import EngineError, OptionError
 from engine.gguf import read_gguf, write_gguf
+from engine.lora import Adapter, BaseInfo, read_adapter
 from engine.model import Context, Model
 
 TOKENS = list(range(1, 41))
@@ -53,6 +54,40 @@ def test_exact_means_what_the_same_weights_in_float32_give(
 def test_an_unknown_arithmetic_is_refused(data_dir: Path) -> None:
     with pytest.raises(OptionError, match="--bf16: half is not one of fast, exact"):
         Context(Model.load(data_dir / "mini-bf16.gguf"), 64, bf16="half")
+
+
+def test_an_adapter_leaves_a_quantized_base_as_it_is_and_is_not_rounded_away(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes((data_dir / "mini-q8_0.gguf").read_bytes())
+    model = Model.load(path)
+    adapter = read_adapter(data_dir / "a-lora-20.bin", BaseInfo.of(model))
+    pair = adapter.pairs["output"]
+    adapter.pairs = {"output": pair}  # what comes before the last product stays the same
+    small = 0.1
+
+    def logits(*adapters: tuple[Adapter, float]) -> NDArray[np.float32]:
+        return Context(model, 64, adapters=adapters).evaluate(TOKENS).copy()
+
+    plain = logits()
+    whole, little = logits((adapter, 1.0)) - plain, logits((adapter, small)) - plain
+    # The sums of the products are of the logits' size, and so is what float32 leaves of them.
+    step = 8 * np.finfo(np.float32).eps * np.abs(plain).max()
+    np.testing.assert_allclose(little, small * whole, rtol=0, atol=step)
+    assert np.abs(little).max() > 10 * step
+
+    # Added to the weights it would be lost.
+    data = model.file.data("output.weight")
+    weights = kernels.decode(Q8_0.id, data, pair.n_in * pair.n_out)
+    added = weights.reshape(pair.n_out, pair.n_in) + np.float32(small) * (pair.b.T @ pair.a)
+    merged = np.frombuffer(kernels.encode(Q8_0.id, added.astype(np.float32).ravel()), np.uint8)
+    before = np.frombuffer(kernels.encode(Q8_0.id, weights), np.uint8)
+    assert np.array_equal(merged, before)
+
+    # The weights are the file's own bytes, in its map, and have not been written.
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert path.read_bytes() == (data_dir / "mini-q8_0.gguf").read_bytes()
 
 
 # ---------------------------------------------------------------- logits of many tokens
