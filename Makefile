@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint sanitize docs clean
+.PHONY: demo test test-slow bench matrix lint sanitize docs clean
 
 demo:
 	PYTHON=$(PYTHON) sh demo/run.sh
@@ -29,6 +29,11 @@ bench: $(STAMP)
 		--benchmark-columns=median,rounds
 	$(BIN)/python -m bench.compare $(PEERS:%=--python %)
 
+# Errors of every op on every type, in the variants of this machine, for docs/types-matrix.md.
+matrix: $(STAMP)
+	ENGINE_KEEP_MATRIX=1 $(BIN)/python -m pytest -q tests/test_matrix.py -k a_cell_is_within
+	$(BIN)/python -m tests.matrix
+
 lint: .venv-dev/.installed
 	PATH="$(CURDIR)/.venv-dev/bin:$$PATH" sh tests/lint.sh
 
@@ -46,7 +51,7 @@ sanitize: .venv-sanitize/.installed
 		'pytest-benchmark>=4' 'cython>=3.0.10' 'setuptools>=77'
 	touch $@
 
-# The tables of options, of figures and on scaling, from their sources; tests/test_docs.py compares.
+# The tables of options, of figures, on scaling and of errors, from their sources; tests compare.
 docs: $(STAMP)
 	for command in $$($(BIN)/python -m engine.tools.options); do \
 		{ printf '# Options of `%s`\n\n' $$command && \
@@ -54,6 +59,7 @@ docs: $(STAMP)
 	done
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.scaling
+	$(BIN)/python -m tests.matrix
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .venv-dev .venv-sanitize .demo

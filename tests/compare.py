@@ -5,9 +5,10 @@ from __future__ import annotations
 from math import sqrt
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 EPS = 2.0**-24  # largest relative error of one rounding to float32
+PAIR_EPS = 2.0**-23  # of a step of bf16 pairs: two roundings
 TINY = 2.0**-126  # smallest normal float32: below it errors are absolute
 
 
@@ -21,15 +22,15 @@ def chain(n: int) -> float:
     return 4 + 4 * sqrt(n)
 
 
-def assert_close(
+def excess(
     actual: ArrayLike, expected: ArrayLike, magnitude: ArrayLike, k: float, eps: float = EPS
-) -> None:
-    """Fail unless ``|actual - expected| <= k eps magnitude`` everywhere.
+) -> NDArray[np.float64]:
+    """Errors as parts of what is allowed, ``|actual - expected| / (k eps magnitude)``.
 
     Parameters
     ----------
     actual, expected : arrays of one shape
-        Infinities must agree exactly, and NaN must meet NaN.
+        Infinities must agree exactly, and NaN must meet NaN; where they do not, it is infinite.
     magnitude : array that broadcasts to their shape
         Sum of the magnitudes of what was added up for an element, ``sum |a| |b|``.
     k : float
@@ -41,19 +42,26 @@ def assert_close(
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     assert np.isfinite(magnitude).all(), "the magnitude is not finite, every result would pass"
     tolerance = np.broadcast_to(k * (eps * np.asarray(magnitude, np.float64) + TINY), actual.shape)
-    finite = np.isfinite(expected)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(actual - expected)
     same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
-    good = np.where(finite, error <= tolerance, same)
-    if good.all():
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.abs(actual - expected) / tolerance
+    wrong = np.isnan(part) | ~np.isfinite(expected)
+    return np.where(same, 0, np.where(wrong, np.inf, part))
+
+
+def assert_close(
+    actual: ArrayLike, expected: ArrayLike, magnitude: ArrayLike, k: float, eps: float = EPS
+) -> None:
+    """Fail unless ``|actual - expected| <= k eps magnitude`` everywhere; see `excess`."""
+    parts = excess(actual, expected, magnitude, k, eps)
+    if (parts <= 1).all():
         return
-    excess = np.where(good, 0, np.where(np.isnan(error), np.inf, error / tolerance))
-    worst = np.unravel_index(excess.argmax(), excess.shape)
-    at = tuple(int(i) for i in worst)
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    tolerance = np.broadcast_to(k * (eps * np.asarray(magnitude, np.float64) + TINY), actual.shape)
+    at = tuple(int(i) for i in np.unravel_index(parts.argmax(), parts.shape))
     raise AssertionError(
-        f"{(~good).sum()} of {good.size} differ; worst at {at}: {actual[worst]!r}, expected "
-        f"{expected[worst]!r}, tolerance {tolerance[worst]:.3g}, {excess[worst]:.3g} times too far"
+        f"{(parts > 1).sum()} of {parts.size} differ; worst at {at}: {actual[at]!r}, expected "
+        f"{expected[at]!r}, tolerance {tolerance[at]:.3g}, {parts[at]:.3g} times too far"
     )
 
 

@@ -73,3 +73,25 @@ def before_locked_page(array: NDArray) -> NDArray:
 def guarded() -> Guard:
     """Function that copies an array to where a locked page follows: one byte more is a crash."""
     return before_locked_page
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the matrix of ops, types and variants at the end of a run of its tests alone."""
+    reports = [r for name in ("passed", "failed") for r in terminalreporter.getreports(name)]
+    cells = [value for r in reports for name, value in r.user_properties if name == "cell"]
+    if not cells or not all(r.nodeid.startswith("tests/test_matrix.py") for r in reports):
+        return
+    from bench.results import processor
+    from tests import matrix
+
+    columns = {
+        isa: matrix.Column(isa, processor(), matrix.cells_of([c[1:] for c in cells if c[0] == isa]))
+        for isa in matrix.VARIANTS
+        if any(c[0] == isa for c in cells)
+    }
+    terminalreporter.section("largest error of each cell, as a part of what its arithmetic allows")
+    terminalreporter.write_line(matrix.tables(columns))
+    terminalreporter.write_line(matrix.summary(columns))
+    if os.environ.get("ENGINE_KEEP_MATRIX") and not terminalreporter.getreports("failed"):
+        for column in columns.values():
+            matrix.keep(column)

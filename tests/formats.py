@@ -292,6 +292,27 @@ def encode(dtype: DType, x: ArrayLike) -> Bytes:
     return np.concatenate(fields, axis=1).reshape(-1)
 
 
+def plain_iq4_nl(x: Floats) -> Bytes:
+    """Nearest codes for the largest element's scale, then the scale of weighted least squares."""
+    values = f32([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+    blocks = x.reshape(-1, 32)
+    out = np.zeros((len(blocks), 18), np.uint8)
+    for block, row in zip(blocks, out, strict=True):
+        top = block[np.abs(block).argmax()]
+        codes, d = np.full(32, 8), f32(0)
+        if abs(top) >= f32(1e-15):
+            scaled = block * (f32(1) / (top / f32(-127)))
+            codes = 15 - np.abs(scaled[:, None] - values[::-1]).argmin(axis=1)
+            product = square = f32(0)
+            for v, q in zip(block, values[codes], strict=True):
+                product += v * v * q * v
+                square += v * v * q * q
+            d = product / square
+        row[:2] = f32([d]).astype("<f2").view(np.uint8)
+        row[2:] = codes[:16] | codes[16:] << 4
+    return out.reshape(-1)
+
+
 def quantize_row(dtype: DType, x: ArrayLike, importance: Floats | None = None) -> Bytes:
     """`x` as the original's quantize stores it: scales are searched for K types and IQ4.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,17 @@ def trained(value: Array, name: str = "parameter") -> tuple[Tensor, Array]:
     """A parameter and its gradient, which begins at zero."""
     grad = np.zeros_like(value)
     return Tensor.parameter(name, value, grad), grad
+
+
+def adapter_of(x: Array, sizes: list[tuple[int, int, int]]) -> SimpleNamespace:
+    """What the optimizer asks of an adapter; sizes are those of A, of B, and n_out."""
+    pairs, begin = {}, 0
+    for a_size, b_size, n_out in sizes:
+        a, b = x[begin : begin + a_size], x[begin + a_size : begin + a_size + b_size]
+        pairs[f"w{len(pairs)}"] = SimpleNamespace(a=a, b=b, n_out=n_out)
+        begin += a_size + b_size
+    assert begin == x.size
+    return SimpleNamespace(flat=x, pairs=pairs)
 
 
 Build = Callable[..., Tensor | Sequence[Tensor]]

@@ -20,7 +20,9 @@ from tests.formats import encode as encode_row
 from tests.formats import encode_bf16 as encode_bf16
 from tests.formats import encode_f16 as encode_f16
 from tests.formats import find_invalid as find_invalid
+from tests.formats import plain_iq4_nl as plain_iq4_nl
 from tests.formats import quantize_row as quantize_row
+from tests.formats import scale_places as scale_places
 
 Floats = NDArray[np.float64]
 

@@ -16,6 +16,7 @@ from engine.errors import ShapeError
 from engine.graph import Graph
 from engine.tensor import Tensor
 from tests import reference, toy_model
+from tests.bounds import attention_back_size
 from tests.compare import assert_close, assert_same_bits, chain
 from tests.conftest import Guard
 from tests.graphs import f32, given, gradients, planned, random, stored, trained
@@ -276,28 +277,6 @@ def test_rms_norm_back_agrees_with_float64(
     size = abs(w * dy) * r + abs(x) * r**3 * abs(w * dy * x).mean(axis=1, keepdims=True)
     assert_close(dx, expected_x, size, 16)
     assert_close(dw, expected_w, (abs(dy * x) * r).sum(axis=0, keepdims=True), 4 + chain(n_tokens))
-
-
-def attention_back_size(
-    q: Array, k: Array, v: Array, dout: Array, n_seq: int, n_head: int, n_head_kv: int, scale: float
-) -> tuple[Array, Array, Array]:
-    """What is added up for dq, dk and dv, without its signs.
-
-    A probability carries the error of its score, relatively, hence the factor.
-    """
-    group = n_head // n_head_kv
-    queries = reference.head_rows(q, n_seq, n_head)
-    d = reference.head_rows(abs(dout), n_seq, n_head)
-    keys = reference.head_rows(k, n_seq, n_head_kv, group)
-    values = reference.head_rows(abs(v), n_seq, n_head_kv, group)
-    p, _ = reference.attention_weights(queries, keys, scale, 0)
-    scores = scale * abs(queries) @ abs(keys).swapaxes(2, 3)
-    p = p * (1 + 2 * scores.max())
-    dp = d @ values.swapaxes(2, 3)
-    ds = p * (dp + (p * dp).sum(axis=3, keepdims=True))
-    dq, dk = scale * ds @ abs(keys), scale * ds.swapaxes(2, 3) @ abs(queries)
-    rows = reference.token_rows
-    return rows(dq), rows(dk, group), rows(p.swapaxes(2, 3) @ d, group)
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 33, 64])

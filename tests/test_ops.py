@@ -20,6 +20,7 @@ from engine.errors import ShapeError
 from engine.graph import Graph
 from engine.tensor import Tensor
 from tests import reference
+from tests.bounds import BLOCK, attention_size, rounding_error
 from tests.compare import assert_close, assert_same_bits, chain
 from tests.conftest import Guard
 from tests.graphs import compute, f32, given, planned, random, stored
@@ -32,7 +33,6 @@ COLUMNS = [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 130]
 TYPES = list(dtypes.BY_ID.values())
 ROUNDED = [dtypes.Q4_0, dtypes.Q4_1, dtypes.Q5_0, dtypes.Q5_1, dtypes.Q8_0]
 WRITTEN = [dtypes.F32, dtypes.F16, dtypes.BF16, *ROUNDED]
-BLOCK = 32
 
 by_tokens = pytest.mark.parametrize("n_tokens", TOKENS)
 by_columns = pytest.mark.parametrize("n_cols", COLUMNS)
@@ -72,22 +72,6 @@ def widths(dtype: DType) -> list[tuple[int, int]]:
     if dtype.block == 256:
         return [(256, 6), (768, 53), (2304, 1)]
     return [(64, 6), (32, 7), (96, 53), (288, 1), (544, 48)]
-
-
-def rounding_error(dtype: DType, x: Array, w: Array, data: Array) -> Array:
-    """Bound of what rounding activations to signed bytes can do to x W'.
-
-    Each block of 32 becomes multiples of its largest / 127, so an element is off by half of that at
-    most, and a little by the scale's own rounding to half precision; so is a block's sum.
-    """
-    blocks = np.abs(x).reshape(len(x), -1, BLOCK)
-    step = np.repeat(blocks.max(axis=2) / 127, BLOCK, axis=1)
-    error = (step / 2 + abs(x) * 2.0**-11 + 2.0**-25) @ np.abs(w).T
-    if dtype in reference.OFFSET_TYPES:
-        offsets = abs(reference.half(data.reshape(-1, dtype.block_bytes), 2)).reshape(len(w), -1)
-        error += (blocks.sum(axis=2) * 2.0**-9) @ offsets.T
-        error += np.abs(x).sum(axis=1, keepdims=True) * 2.0**-10 * np.abs(w).max()
-    return error
 
 
 # ---------------------------------------------------------------- embedding and matrix products
@@ -366,18 +350,6 @@ def test_cache_store_appends_rows_and_leaves_the_others(
         past[0] = 1
         graph.run()
         assert np.array_equal(cache[1:6], reference.cache_store(x, dtype, before, 1)[1:6])
-
-
-def attention_size(
-    q: Array, k: Array, v: Array, n_seq: int, heads: tuple[int, int], scale: float, n_past: int = 0
-) -> Array:
-    """Sensitivity of attention: an error of a score moves a probability by as much, relatively."""
-    n_head, n_head_kv = heads
-    mean = reference.attention(q, k, abs(v), n_seq, n_head, n_head_kv, scale, n_past)
-    dim = q.shape[1] // n_head
-    norm_q = np.sqrt((q.reshape(-1, dim) ** 2).sum(axis=1).max())
-    norm_k = np.sqrt((k.astype(np.float64).reshape(-1, dim) ** 2).sum(axis=1).max())
-    return mean * (1 + 2 * scale * norm_q * norm_k)
 
 
 def heads_name(heads: tuple[int, int]) -> str:

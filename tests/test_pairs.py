@@ -15,7 +15,8 @@ from engine.model import Model
 from engine.tensor import Tensor
 from engine.training.trainer import Trainer
 from tests import reference
-from tests.compare import assert_close, assert_same_bits, chain
+from tests.bounds import in_bf16
+from tests.compare import PAIR_EPS, assert_close, assert_same_bits, chain
 from tests.graphs import given, gradients, random
 
 # Tokens and outputs below, at and above a register tile, a matrix tile and a panel; reductions of
@@ -32,12 +33,6 @@ SHAPES = [
     (33, 2304, 17),
 ]
 TYPES = [BF16, F16, Q8_0, Q4_1, Q5_K]
-PAIR_EPS = 2.0**-23  # two roundings a step, each of at most 2^-24
-
-
-def rounded(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    bits = kernels.encode_bf16(np.ascontiguousarray(x).reshape(-1)).astype(np.uint32) << 16
-    return bits.view(np.float32).astype(np.float64).reshape(x.shape)
 
 
 def weights(rng: np.random.Generator, dtype: DType, rows: int, cols: int) -> NDArray[np.uint8]:
@@ -78,12 +73,12 @@ def test_products_agree_with_rounded_operands(paired, rng, shape, dtype, guarded
     if k % dtype.block:
         pytest.skip("rows are whole blocks")
     stored = weights(rng, dtype, n, k)
-    w = rounded(kernels.decode(dtype.id, stored, n * k)).reshape(n, k)
+    w = in_bf16(kernels.decode(dtype.id, stored, n * k)).reshape(n, k)
     x = random(rng, tokens, k)
     held = Tensor.external("w", guarded(stored), n, k, dtype.id)
     y = run(paired, 2, lambda graph: ops.linear(graph, given(guarded(x)), held))
-    exact = rounded(x) @ w.T
-    assert_close(y, exact, np.abs(rounded(x)) @ np.abs(w.T), chain(k), PAIR_EPS)
+    exact = in_bf16(x) @ w.T
+    assert_close(y, exact, np.abs(in_bf16(x)) @ np.abs(w.T), chain(k), PAIR_EPS)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
@@ -93,15 +88,15 @@ def test_gradients_agree_with_rounded_operands(paired, rng, shape, dtype, guarde
     if k % dtype.block:
         pytest.skip("rows are whole blocks")
     stored = weights(rng, dtype, n, k)
-    w = rounded(kernels.decode(dtype.id, stored, n * k)).reshape(n, k)
+    w = in_bf16(kernels.decode(dtype.id, stored, n * k)).reshape(n, k)
     dy = random(rng, tokens, n)
     held = Tensor.external("w", guarded(stored), n, k, dtype.id)
 
     def back(graph: Graph) -> Tensor:
         return graph.add(ops.LinearBack, given(guarded(dy)), held, None, True)[0]
 
-    exact = rounded(dy) @ w
-    assert_close(run(paired, 2, back), exact, np.abs(rounded(dy)) @ np.abs(w), chain(n), PAIR_EPS)
+    exact = in_bf16(dy) @ w
+    assert_close(run(paired, 2, back), exact, np.abs(in_bf16(dy)) @ np.abs(w), chain(n), PAIR_EPS)
 
 
 def attention_close(actual, expected, magnitude):
@@ -115,7 +110,7 @@ def test_attention_in_pairs_agrees_with_float64(paired, rng, n_query, head_dim):
     n_seq, n_head, n_head_kv = 2, 6, 2
     n = n_seq * n_query
     q, k, v, dout = (
-        rounded(0.5 * random(rng, n, heads * head_dim)).astype(np.float32)
+        in_bf16(0.5 * random(rng, n, heads * head_dim)).astype(np.float32)
         for heads in (n_head, n_head_kv, n_head_kv, n_head)
     )
     args = (n_seq, n_head, n_head_kv, head_dim**-0.5)
@@ -141,7 +136,7 @@ def test_attention_in_pairs_gives_the_same_bits_for_any_threads(paired, rng, n_t
     assert_same_bits(run(paired, n_threads, attend), run(paired, 1, attend))
 
 
-def test_f32_weights_are_never_rounded(paired, rng):
+def test_f32_weights_are_never_in_bf16(paired, rng):
     x, w = random(rng, 40, 64), random(rng, 33, 64)
 
     def product(graph: Graph) -> Tensor:

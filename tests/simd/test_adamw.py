@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -11,20 +9,9 @@ from engine.training.optimizer import AdamW, AdamWParams
 from tests import reference
 from tests.compare import assert_close, assert_same_bits
 from tests.conftest import Guard
-from tests.graphs import f32, random
+from tests.graphs import adapter_of, f32, random
 
 SQUARE_PART = 1 << 14
-
-
-def adapter_of(x: np.ndarray, sizes: list[tuple[int, int, int]]) -> SimpleNamespace:
-    """What the optimizer asks of an adapter; sizes are those of A, of B, and n_out."""
-    pairs, begin = {}, 0
-    for a_size, b_size, n_out in sizes:
-        a, b = x[begin : begin + a_size], x[begin + a_size : begin + a_size + b_size]
-        pairs[f"w{len(pairs)}"] = SimpleNamespace(a=a, b=b, n_out=n_out)
-        begin += a_size + b_size
-    assert begin == x.size
-    return SimpleNamespace(flat=x, pairs=pairs)
 
 
 @pytest.mark.parametrize("n_out", [1, 5], ids=["norm", "matrix"])

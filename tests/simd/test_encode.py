@@ -49,33 +49,12 @@ def test_stored_rows_are_those_of_the_reference(
     assert np.array_equal(kernels.encode(dtype.id, x, isa), want)
 
 
-def plain_iq4_nl(x: NDArray[Any]) -> NDArray[np.uint8]:
-    """Nearest codes for the largest element's scale, then the scale of weighted least squares."""
-    values = f32([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
-    blocks = x.reshape(-1, 32)
-    out = np.zeros((len(blocks), 18), np.uint8)
-    for block, row in zip(blocks, out, strict=True):
-        top = block[np.abs(block).argmax()]
-        codes, d = np.full(32, 8), f32(0)
-        if abs(top) >= f32(1e-15):
-            scaled = block * (f32(1) / (top / f32(-127)))
-            codes = 15 - np.abs(scaled[:, None] - values[::-1]).argmin(axis=1)
-            product = square = f32(0)
-            for v, q in zip(block, values[codes], strict=True):
-                product += v * v * q * v
-                square += v * v * q * q
-            d = product / square
-        row[:2] = f32([d]).astype("<f2").view(np.uint8)
-        row[2:] = codes[:16] | codes[16:] << 4
-    return out.reshape(-1)
-
-
 def test_iq4_nl_is_stored_without_a_search(
     isa: str, rng: np.random.Generator, guarded: Guard
 ) -> None:
     x = guarded(inputs(rng))
     have = kernels.encode(dtypes.IQ4_NL.id, x, isa)
-    assert np.array_equal(have, plain_iq4_nl(x))
+    assert np.array_equal(have, reference.plain_iq4_nl(x))
 
 
 @by_block_type
