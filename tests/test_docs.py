@@ -147,10 +147,20 @@ def test_the_readme_shows_every_command() -> None:
     assert {Path(words[0]).name for words in commands(text_of("README.md"))} == set(PARSERS)
 
 
-@pytest.mark.parametrize("words", commands(text_of("README.md")), ids=lambda w: " ".join(w[:3]))
-def test_commands_of_the_readme_are_understood_without_a_warning(words: list[str]) -> None:
+SHOWN = [words for name in ("README.md", "docs/bf16.md") for words in commands(text_of(name))]
+
+
+@pytest.mark.parametrize("words", SHOWN, ids=lambda w: " ".join(w[:3]))
+def test_commands_that_are_shown_are_understood_without_a_warning(words: list[str]) -> None:
     parsed = PARSERS[Path(words[0]).name](words[1:])[1]
     assert parsed.warnings == ()
+
+
+def test_the_example_in_bf16_goes_all_the_way() -> None:
+    names = [words[0] for words in commands(text_of("docs/bf16.md"))]
+    way = ["convert-hf-to-gguf", "validate", "dtype-report", "perplexity", "quantize", "finetune"]
+    assert list(dict.fromkeys(names)) == [*way, "export-lora"]
+    assert names[-1] == "perplexity"
 
 
 def test_options_that_are_named_exist() -> None:
