@@ -185,7 +185,16 @@ def losses(model: str, folder: Path) -> list[str]:
         return [row["loss"] for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("target", ["Q2_K", "Q3_K_L", "Q4_K_M", "Q5_K_M", "IQ4_NL", "IQ4_XS"])
+EVERY_KIND = ["F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_0", "Q5_K_M", "Q4_1", "Q4_0", "Q4_K_M"]
+EVERY_KIND += ["IQ4_NL", "IQ4_XS", "Q3_K_L", "Q2_K"]
+
+
+def test_every_stored_type_is_the_main_one_of_a_target() -> None:
+    kinds = {target.dtype for target in TARGETS if target.name in EVERY_KIND}
+    assert kinds == set(dtypes.BY_ID.values()) - {dtypes.F32}
+
+
+@pytest.mark.parametrize("target", EVERY_KIND)
 def test_what_is_written_runs_and_trains_as_its_decoded_values_do(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, wide_model: Path, target: str
 ) -> None:
