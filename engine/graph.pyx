@@ -133,6 +133,7 @@ cdef class Graph:
             raise ShapeError(f"{n_threads} threads: from 1 to {MAX_THREADS} can be used")
         self.nodes = []
         self.kept = set()
+        self.packed = {}
         self.n_threads = n_threads
         self.isa = isa
         self.table = table_of(isa)

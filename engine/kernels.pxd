@@ -34,7 +34,8 @@ cdef extern from "kernels.h" nogil:
         PROBE_TILES_FLOPS
         SQUARE_PART
         N_VARIANTS
-    int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
+    int has_quant_dot(int type)
+    int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in, int64_t pairs)
     int64_t back_packed_bytes(int64_t n_tokens, int64_t n_out)
     int64_t attention_part_bytes(
         int64_t n_seq, int64_t n_query, int64_t n_head, int64_t head_dim, int64_t n_key)
@@ -58,6 +59,17 @@ cdef extern from "kernels.h" nogil:
         float scale
         int64_t partner, pairs
         void *packed
+        const float *base
+
+    struct pack_args:
+        int64_t n_tokens, n_in
+        const float *x
+        int64_t type, partner, pairs
+        void *packed
+
+    struct feed_forward_args:
+        linear_args gate, up, down
+        int64_t panels
 
     struct linear_back_args:
         int64_t n_tokens, n_in, n_out
@@ -236,7 +248,8 @@ cdef extern from "kernels.h" nogil:
         void (*encode_f16)(const float *x, int64_t n, uint16_t *y) noexcept nogil
         int64_t (*find_invalid)(int type, const void *p, int64_t n) noexcept nogil
         double (*sum_squares)(const float *x, int64_t n) noexcept nogil
-        op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back
+        op_fn embed, pack, linear, feed_forward, linear_back, rms_norm, rms_norm_back, rope
+        op_fn silu_mul, silu_mul_back
         op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer
         op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_tiles
         op_fn probe_read

@@ -375,11 +375,13 @@ class Builder:
             w = ops.lora_up(self.graph, w, adapter.b, adapter.a, adapter.scale)
         return ops.rms_norm(self.graph, x, w, self.h.rms_eps)
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        """Named projection with its adapter and bias."""
-        y = ops.linear(self.graph, x, self.weights[name], self.adapters.get(name))
-        bias = self.weights.get(name + ".bias")
-        return y if bias is None else self.add_row(y, bias)
+    def linear(self, x: Tensor, name: str, base: Tensor | None = None) -> Tensor:
+        """Named projection with its adapter and bias, added to `base`."""
+        w, bias = self.weights[name], self.weights.get(name + ".bias")
+        if bias is None:
+            return ops.linear(self.graph, x, w, self.adapters.get(name), base)
+        y = self.add_row(ops.linear(self.graph, x, w, self.adapters.get(name)), bias)
+        return y if base is None else ops.add(self.graph, base, y)
 
     def add_row(self, y: Tensor, row: Tensor) -> Tensor:
         """Every row of y and one row."""
@@ -395,13 +397,20 @@ class Builder:
         y = self.attend(layer, q, k, v)
         if n_last is not None and n_last < x.rows:
             x, y = (t.view(t.rows - n_last, n_last) for t in (x, y))
-        x = ops.add(self.graph, x, self.linear(y, p + "attn_output"))
-        y = self.norm(x, p + "ffn_norm")
-        gate, up = self.linear(y, p + "ffn_gate"), self.linear(y, p + "ffn_up")
-        y = self.linear(ops.silu_mul(self.graph, gate, up), p + "ffn_down")
-        x = ops.add(self.graph, x, y)
+        x = self.linear(y, p + "attn_output", x)
+        x = self.feed_forward(self.norm(x, p + "ffn_norm"), p, x)
         direction = self.directions.get(layer)
         return x if direction is None else self.add_row(x, direction)
+
+    def feed_forward(self, x: Tensor, p: str, base: Tensor) -> Tensor:
+        """Gate, up and down, added to `base`: in one step where there is nothing to learn."""
+        names = [p + "ffn_gate", p + "ffn_up", p + "ffn_down"]
+        gate, up, down = (self.weights[name] for name in names)
+        plain = not any(n in self.adapters or n + ".bias" in self.weights for n in names)
+        if plain and gate.type == up.type and not x.needs_grad:
+            return ops.feed_forward(self.graph, x, gate, up, down, base)
+        y = ops.silu_mul(self.graph, self.linear(x, names[0]), self.linear(x, names[1]))
+        return self.linear(y, names[2], base)
 
     def hidden(self, n_last: int | None = None) -> Tensor:
         """All layers and the last norm: what the output weights multiply."""

@@ -16,10 +16,11 @@ from engine.kernels cimport (
     ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, PROBE_FMA_FLOPS,
     PROBE_TILES_FLOPS, add_args, attention_args,
     attention_back_args, attention_part_bytes, back_packed_bytes, block_elements,
-    cache_store_args, cross_entropy_args, embed_args, has_encoder, kernels, linear_args,
-    linear_back_args, linear_packed_bytes, lora_down_args,
-    lora_gather_args, lora_outer_args, lora_scatter_args, lora_up_args, op_fn, probe_args,
-    rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args, silu_mul_back_args, zero_args,
+    cache_store_args, cross_entropy_args, embed_args, feed_forward_args, has_encoder,
+    has_quant_dot, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args,
+    lora_gather_args, lora_outer_args, lora_scatter_args, lora_up_args, op_fn, pack_args,
+    probe_args, rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args, silu_mul_back_args,
+    zero_args,
 )
 from engine.tensor cimport Tensor
 from libc.stdint cimport int32_t, int64_t
@@ -105,37 +106,92 @@ def embed(Graph graph, Tensor w, ids, int64_t n_tokens) -> Tensor:
 
 # ---------------------------------------------------------------- products with frozen weights
 
+cdef class Pack(Node):
+    """x in panels of tokens, as products of many tokens with weights of a type take it"""
+
+    cdef pack_args a
+
+    def __init__(self, Tensor x, int type, bint partner, bint pairs):
+        require(x.type == F32, f"{x.name}: activations must be F32")
+        require(x.cols <= MAX_ROW, f"{x.name}: rows of {x.cols} are longer than {MAX_ROW}")
+        self.inputs = (x,)
+        n_bytes = linear_packed_bytes(x.rows, x.cols, pairs)
+        self.outputs = (result(x.name + ".packed", 1, n_bytes // sizeof(float)),)
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x = self.inputs[0], packed = self.outputs[0]
+        _, type, partner, pairs = self.recipe
+        self.a = pack_args(x.rows, x.cols, x.floats(), type, partner, pairs, packed.data)
+        self.args = &self.a
+        return table.pack
+
+
+cdef bint multiplied_in_pairs(Graph graph, Tensor w):
+    """`in_pairs`, where the variant can."""
+    return graph.table.pairs and w.cols % 2 == 0 and in_pairs(w, graph.partner, graph.pairs)
+
+
+cdef bint in_floats(Graph graph, Tensor w):
+    """Whether nothing is rounded when w is multiplied."""
+    return not multiplied_in_pairs(graph, w) and not (graph.partner and has_quant_dot(w.type))
+
+
+cdef Tensor packed_for(Graph graph, Tensor x, Tensor w):
+    """x as its product with w takes it, made once for all weights that want the same."""
+    if x.rows <= GEMV_TOKENS:
+        return None
+    pairs = multiplied_in_pairs(graph, w)
+    form = F32 if pairs or in_floats(graph, w) else w.type
+    key = (x, form, pairs)
+    if key not in graph.packed:
+        graph.packed[key] = graph.add(Pack, x, form, graph.partner, pairs)[0]
+    return graph.packed[key]
+
+
+cdef linear_args product(
+    int64_t n_tokens, const float *x, Tensor w, float *y, void *packed, bint partner, bint pairs
+):
+    """What the product of x and w is told, without adapter and base."""
+    return linear_args(
+        n_tokens, w.cols, w.rows, x, w.data, w.type, y, 0, NULL, NULL, 0, partner, pairs, packed,
+        NULL)
+
+
+cdef void *place_of(Tensor packed):
+    return NULL if packed is None else packed.data
+
+
 cdef class Linear(Node):
-    """y = x W' (+ scale u b): W stored and frozen, (u, b) the end of an adapter."""
+    """y = x W' (+ scale u b) (+ base): W stored and frozen, (u, b) the end of an adapter."""
 
     cdef linear_args a
 
     def __init__(
-        self, Tensor x, Tensor w, Tensor u, Tensor b, float scale, bint partner, bint pairs
+        self, Tensor x, Tensor w, Tensor packed, Tensor u, Tensor b, Tensor base, float scale,
+        bint partner, bint pairs,
     ):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
         require(x.type == F32, f"{x.name}: activations must be F32")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
-        self.inputs = (x, w)
         if u is not None:
             fits = u.rows == x.rows and b.cols == w.rows and b.rows == u.cols
             require(fits, f"{w.name}: adapter of {b.rows} x {b.cols} does not fit {w.rows} outputs")
-            self.inputs = (x, w, u, b)
+        if base is not None:
+            fits = base.rows == x.rows and base.cols == w.rows and base.type == F32
+            require(fits, f"{w.name}: {base.rows} x {base.cols} cannot be added to the product")
+        self.inputs = tuple([t for t in (x, w, packed, u, b, base) if t is not None])
         self.outputs = (result(w.name + ".out", x.rows, w.rows),)
 
-    cdef int64_t shared_bytes(self) except -1:
-        cdef Tensor x = self.inputs[0]
-        return linear_packed_bytes(x.rows, x.cols) if x.rows > GEMV_TOKENS else 0
-
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor x = self.inputs[0], w = self.inputs[1], y = self.outputs[0], u, b
-        self.a = linear_args(
-            x.rows, x.cols, w.rows, x.floats(), w.data, w.type, y.floats(), 0, NULL, NULL, 0,
-            self.recipe[5], in_pairs(w, self.recipe[5], self.recipe[6]), self.shared)
-        if len(self.inputs) == 4:
-            u, b = self.inputs[2:]
-            self.a.rank, self.a.scale = u.cols, self.recipe[4]
+        cdef Tensor x, w, packed, u, b, base, y = self.outputs[0]
+        x, w, packed, u, b, base, scale, partner, pairs = self.recipe
+        self.a = product(
+            x.rows, x.floats(), w, y.floats(), place_of(packed), partner, pairs)
+        if u is not None:
+            self.a.rank, self.a.scale = u.cols, scale
             self.a.u, self.a.b = u.floats(), b.floats()
+        if base is not None:
+            self.a.base = base.floats()
         self.args = &self.a
         return table.linear
 
@@ -149,19 +205,20 @@ cdef class Linear(Node):
         return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
 
     def gradient(self, grads):
-        cdef Tensor x = self.inputs[0], w = self.inputs[1], u, b
+        cdef Tensor x, w, u, b, base
+        x, w, _, u, b, base, scale, _, _ = self.recipe
         dy = grads[self.outputs[0]]
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LinearBack, dy, w, into, self.recipe[6])[0])
-        if len(self.inputs) == 4:
-            u, b = self.inputs[2:]
-            scale = self.recipe[4]
+            grads.add(x, grads.graph.add(LinearBack, dy, w, into, grads.graph.pairs)[0])
+        if u is not None:
             if u.needs_grad:
                 into = grads.into(u)
                 grads.add(u, grads.graph.add(LoraDown, dy, b, scale, into)[0])
             if b.needs_grad:
                 grads.graph.add(LoraOuter, u, dy, scale, b.grad)
+        if base is not None and base.needs_grad:
+            grads.add(base, dy)
 
 
 cdef class LinearBack(Node):
@@ -199,23 +256,104 @@ cdef class LinearBack(Node):
         return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
 
 
-def linear(Graph graph, Tensor x, Tensor w, adapter=None) -> Tensor:
-    """x W', and scale (x A') B beside it where `adapter` is (A, B, scale).
+def linear(Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None) -> Tensor:
+    """x W', and scale (x A') B beside it where `adapter` is (A, B, scale); `base` is added.
 
     Parameters
     ----------
     x : Tensor of shape (n_tokens, n_in)
     w : Tensor of shape (n_out, n_in), any stored type
     adapter : tuple (A of shape (rank, n_in), B of shape (rank, n_out), float), optional
+    base : Tensor of shape (n_tokens, n_out), optional
 
     Returns
     -------
     Tensor of shape (n_tokens, n_out)
     """
-    if adapter is None:
-        return graph.add(Linear, x, w, None, None, 0.0, graph.partner, graph.pairs)[0]
-    a, b, scale = adapter
-    return graph.add(Linear, x, w, lora_down(graph, x, a), b, scale, graph.partner, graph.pairs)[0]
+    u = b = None
+    scale = 0.0
+    if adapter is not None:
+        a, b, scale = adapter
+        u = lora_down(graph, x, a)
+    packed, pairs = packed_for(graph, x, w), multiplied_in_pairs(graph, w)
+    return graph.add(Linear, x, w, packed, u, b, base, scale, graph.partner, pairs)[0]
+
+
+cdef class FeedForward(Node):
+    """y = base + (silu(x G') (x U')) D'"""
+
+    cdef feed_forward_args a
+
+    def __init__(
+        self, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor packed, Tensor base,
+        bint partner, bint pairs, bint down_pairs, bint panels,
+    ):
+        fits = gate.cols == up.cols == x.cols and gate.rows == up.rows == down.cols
+        require(fits, f"{gate.name}: its shape is not that of {up.name} and {down.name}")
+        fits = base.rows == x.rows and base.cols == down.rows
+        require(fits, f"{down.name}: {base.rows} x {base.cols} cannot be added to the product")
+        self.inputs = tuple([t for t in (x, gate, up, down, packed, base) if t is not None])
+        self.outputs = (result(down.name + ".out", x.rows, down.rows),)
+
+    cdef int64_t rows_bytes(self):
+        """Of gate and up as rows, where they are not panels."""
+        cdef Tensor x = self.inputs[0], gate = self.inputs[1]
+        return 0 if self.recipe[9] else 2 * x.rows * gate.rows * <int64_t>sizeof(float)
+
+    cdef int64_t shared_bytes(self) except -1:
+        cdef Tensor x = self.inputs[0], gate = self.inputs[1]
+        if x.rows <= GEMV_TOKENS:
+            return self.rows_bytes()
+        return self.rows_bytes() + linear_packed_bytes(x.rows, gate.rows, self.recipe[8])
+
+    cdef op_fn lower(self, const kernels *table) except NULL:
+        cdef Tensor x, gate, up, down, packed, base, y = self.outputs[0]
+        x, gate, up, down, packed, base, partner, pairs, down_pairs, panels = self.recipe
+        cdef float *g = NULL if panels else <float *>self.shared
+        cdef float *u = NULL if panels else g + x.rows * gate.rows
+        cdef void *between = <char *>self.shared + self.rows_bytes()
+        cdef void *place = place_of(packed)
+        self.a.panels = panels
+        self.a.gate = product(x.rows, x.floats(), gate, g, place, partner, pairs)
+        self.a.up = product(x.rows, x.floats(), up, u, place, partner, pairs)
+        self.a.down = product(x.rows, g, down, y.floats(), between, partner, down_pairs)
+        self.a.down.base = base.floats()
+        self.args = &self.a
+        return table.feed_forward
+
+    @property
+    def label(self) -> str:
+        return "feed forward"
+
+    def work(self) -> tuple[float, float]:
+        cdef Tensor x = self.inputs[0], w
+        _, n_bytes = super().work()
+        return sum([2.0 * x.rows * w.rows * w.cols for w in self.inputs[1:4]]), n_bytes
+
+
+def feed_forward(Graph graph, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor base):
+    """base + (silu(x G') (x U')) D' in one step: what lies between the products stays packed.
+
+    It has no gradient. The values are those of the single steps, bit by bit.
+
+    Parameters
+    ----------
+    x : Tensor of shape (n_tokens, n_in)
+    gate, up : Tensor of shape (n_between, n_in), of one stored type
+    down : Tensor of shape (n_out, n_between)
+    base : Tensor of shape (n_tokens, n_out)
+
+    Returns
+    -------
+    Tensor of shape (n_tokens, n_out)
+    """
+    require(gate.type == up.type, f"{gate.name} and {up.name} are of two types")
+    packed = packed_for(graph, x, gate)
+    pairs, down_pairs = multiplied_in_pairs(graph, gate), multiplied_in_pairs(graph, down)
+    floats = in_floats(graph, gate) and in_floats(graph, down)
+    panels = packed is not None and gate.rows % 2 == 0 and (floats or (pairs and down_pairs))
+    return graph.add(
+        FeedForward, x, gate, up, down, packed, base, graph.partner, pairs, down_pairs, panels)[0]
 
 
 # ---------------------------------------------------------------- adapters

@@ -220,6 +220,27 @@ def adapted(n_tokens: int) -> Callable[[str, DType, Rng], float]:
     return measure
 
 
+def fed(n_tokens: int) -> Callable[[str, DType, Rng], float]:
+    """base + (silu(x G') (x U')) D' in one step."""
+
+    def measure(isa: str, dtype: DType, rng: Rng) -> float:
+        n = max(dtype.block, 96)  # all three are square, and one
+        data, w = weights(dtype, n, n)
+        held = stored(data, dtype, n, n)
+        # No gate is shut, so every weight counts.
+        x, base = f32(0.05) * random(rng, n_tokens, n), random(rng, n_tokens, n)
+        (y,) = compute(isa, lambda g: ops.feed_forward(g, given(x), held, held, held, given(base)))
+        # An error of gate or up is multiplied by the other; silu's slope is at most 1.1.
+        terms, up = reference.linear(abs(x), abs(w)), reference.linear(x, w)
+        gate = reference.silu_mul(up, np.ones_like(up))
+        between = terms * (1.1 * abs(up) + abs(gate)) + abs(gate * up)
+        size = abs(base) + reference.linear(between, abs(w))
+        expected = reference.feed_forward(x, w, w, w, base)
+        return worst(excess(y, expected, size, chain(n)))
+
+    return measure
+
+
 def gradient(n_tokens: int) -> Callable[[str, DType, Rng], float]:
     """dx += dy W."""
 
@@ -534,9 +555,13 @@ CASES = (
         exact=True,
     ),
     Case("rows checked by `validate`", ("find_invalid",), TYPES, validate, exact=True),
-    *(Case(f"x W', {text}", ("linear",), TYPES, product(n)) for n, text in TOKENS.items()),
+    *(Case(f"x W', {text}", ("linear", "pack"), TYPES, product(n)) for n, text in TOKENS.items()),
     *(
         Case(f"x W' with x in bytes, {text}", ("linear",), BLOCK_TYPES, product(n, partner=True))
+        for n, text in TOKENS.items()
+    ),
+    *(
+        Case(f"feed-forward in one step, {text}", ("feed_forward",), TYPES, fed(n))
         for n, text in TOKENS.items()
     ),
     Case("x W' in bf16 pairs, 65 tokens", ("linear",), PAIR_TYPES, paired(False), pairs=True),

@@ -88,6 +88,21 @@ def linear(
     return y if u is None else y + scale * (wide(u) @ wide(b))
 
 
+def pack(x: NDArray[np.float32], lanes: int, panel: int) -> NDArray[np.float32]:
+    """Panels of so many tokens, the last as wide as whole vectors are: columns, then its tokens."""
+    n_tokens, n_cols = x.shape
+    wide_enough = np.zeros((-(-n_tokens // lanes) * lanes, n_cols), np.float32)
+    wide_enough[:n_tokens] = x
+    parts = range(0, len(wide_enough), panel)
+    return np.concatenate([wide_enough[p : p + panel].T.reshape(-1) for p in parts])
+
+
+def feed_forward(
+    x: ArrayLike, gate: ArrayLike, up: ArrayLike, down: ArrayLike, base: ArrayLike
+) -> Floats:
+    return wide(base) + linear(silu_mul(linear(x, gate), linear(x, up)), down)
+
+
 OFFSET_TYPES = (dtypes.Q4_1, dtypes.Q5_1)
 
 

@@ -103,6 +103,67 @@ def test_linear_agrees_with_float64(
         assert_close(y, reference.linear(x, w), magnitude, chain(n_in))
 
 
+@pytest.mark.parametrize("n_tokens", [9, 16, 63, 64, 65, 130])
+def test_packed_floats_are_panels_of_tokens(
+    isa: str, n_tokens: int, rng: np.random.Generator
+) -> None:
+    x = random(rng, n_tokens, 37)
+    (packed,) = compute(isa, lambda g: g.add(ops.Pack, given(x), 0, False, False)[0])
+    lanes, panel = (8, 16) if isa == "avx2" else (16, 64)
+    expected = reference.pack(x, lanes, panel)
+    assert_same_bits(packed.reshape(-1)[: expected.size], expected)
+
+
+@by_type
+@pytest.mark.parametrize("n_tokens", [1, 8, 9, 70])
+def test_a_base_comes_on_top_of_the_product_and_its_adapter(
+    isa: str, dtype: DType, n_tokens: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    n_in, n_out = widths(dtype)[1]
+    data, _ = weight(rng, dtype, n_out, n_in)
+    w, x = stored(guarded(data), dtype, n_out, n_in), given(random(rng, n_tokens, n_in))
+    adapter = (given(random(rng, 3, n_in)), given(random(rng, 3, n_out)), 0.5)
+    base = guarded(random(rng, n_tokens, n_out))
+    for chosen in (None, adapter):
+        (y,) = compute(isa, lambda g, a=chosen: ops.linear(g, x, w, a))
+        (on_top,) = compute(isa, lambda g, a=chosen: ops.linear(g, x, w, a, given(base)))
+        assert_same_bits(on_top, base + y)
+
+
+@by_type
+@pytest.mark.parametrize("partner", [False, True])
+@pytest.mark.parametrize("n_tokens", [1, 8, 9, 70, 130])
+def test_feed_forward_has_the_bits_of_its_steps(
+    isa: str, dtype: DType, n_tokens: int, partner: bool, rng: np.random.Generator
+) -> None:
+    n_between = max(dtype.block, 6 * 9 if dtype.block == 1 else 96)
+    for n_in, n_out in widths(dtype)[:3]:
+        sizes = [(n_between, n_in), (n_between, n_in), (n_out, n_between)]
+        weights = [stored(weight(rng, dtype, *s)[0], dtype, *s) for s in sizes]
+        x, base = random(rng, n_tokens, n_in), random(rng, n_tokens, n_out)
+
+        def steps(graph: Graph, x: Array = x, base: Array = base, w: Any = weights) -> Tensor:
+            gate, up = (ops.linear(graph, given(x), one) for one in w[:2])
+            return ops.linear(graph, ops.silu_mul(graph, gate, up), w[2], None, given(base))
+
+        for pairs in (False, True):
+            for n_threads in (1, 3):
+
+                def prepared(build: Callable[[Graph], Tensor], n: int, pairs: bool) -> Array:
+                    graph = Graph(n, isa)
+                    graph.partner, graph.pairs = partner, pairs
+                    y = graph.keep(build(graph))
+                    graph.run()
+                    return y.numpy().copy()
+
+                whole = prepared(
+                    lambda g, x=x, w=weights, b=base: ops.feed_forward(g, given(x), *w, given(b)),
+                    n_threads,
+                    pairs,
+                )
+                assert_same_bits(whole, prepared(steps, 1, pairs))
+
+
 @pytest.mark.parametrize("dtype", ROUNDED, ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17, 65])
 def test_linear_with_rounded_activations_agrees_with_the_formula(

@@ -167,14 +167,14 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
             if (m == 0)
                 continue;
             FP(block_product)(m, TILE_LANES, dk / STEP, keys, dp, queries + l * dk / STEP,
-                TILE_LANES, score, TILE_LANES, 0);
+                TILE_LANES, score, TILE_LANES, 0, NULL);
             int masked = PP(is_masked)(&b, l, n_past, start, key0, m);
             float *o = out + l * d;
             if (PP(soften)(m, key0, limit + l, start + l, masked, score, p, maximum + l, sum + l,
                     correction))
                 PP(scale_lanes)(d, correction, o);
             FP(block_product)(
-                d, TILE_LANES, m / STEP, values, KEYS, p, TILE_LANES, o, TILE_LANES, 1);
+                d, TILE_LANES, m / STEP, values, KEYS, p, TILE_LANES, o, TILE_LANES, 1, NULL);
         }
     }
     for (int64_t l = 0; l < lanes; l++) {
@@ -276,20 +276,20 @@ static void FP(attend_back_panel)(
     const struct PP(back_space) * s, int64_t d, int64_t l, int64_t key0, int64_t m)
 {
     int64_t dk = PP(padded_dim)(d), dp = padded(dk), steps = dk / STEP, at = l / STEP * dp;
-    FP(block_product)(
-        m, TILE_LANES, steps, s->keys, dp, s->queries + l * steps, TILE_LANES, s->p, TILE_LANES, 0);
-    FP(block_product)(
-        m, TILE_LANES, steps, s->values, dp, s->dout + l * steps, TILE_LANES, s->dp, TILE_LANES, 0);
+    FP(block_product)(m, TILE_LANES, steps, s->keys, dp, s->queries + l * steps, TILE_LANES, s->p,
+        TILE_LANES, 0, NULL);
+    FP(block_product)(m, TILE_LANES, steps, s->values, dp, s->dout + l * steps, TILE_LANES, s->dp,
+        TILE_LANES, 0, NULL);
     PP(score_gradient)(
         m, key0, s->limit + l, s->start + l, s->lse + l, s->delta + l, s->p, s->p, s->dp, s->ds);
     FP(element_rows)(s->p, m, TILE_LANES, s->p_rows);
     FP(element_rows)(s->dp, m, TILE_LANES, s->ds_rows);
     FP(block_product)(
-        m, dp, TILE_LANES / STEP, s->p_rows, TILE_LANES, s->dout_rows + at, dp, s->dv, dp, 1);
-    FP(block_product)(
-        m, dp, TILE_LANES / STEP, s->ds_rows, TILE_LANES, s->query_rows + at, dp, s->dk, dp, 1);
+        m, dp, TILE_LANES / STEP, s->p_rows, TILE_LANES, s->dout_rows + at, dp, s->dv, dp, 1, NULL);
+    FP(block_product)(m, dp, TILE_LANES / STEP, s->ds_rows, TILE_LANES, s->query_rows + at, dp,
+        s->dk, dp, 1, NULL);
     FP(block_product)(d, TILE_LANES, m / STEP, s->turned_keys, KEYS, s->ds, TILE_LANES,
-        s->dq + l * d, TILE_LANES, 1);
+        s->dq + l * d, TILE_LANES, 1, NULL);
 }
 
 /* One block of queries with all keys it sees; dk and dv continue from the blocks before it. */

@@ -37,7 +37,8 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
     for (int64_t j = 0; j < n; j += KEYS) {
         int64_t some = n - j < KEYS ? n - j : KEYS, row = b->seq * a->kv_seq_rows + key0 + j;
         FN(load_keys)(a->k, (int)a->k_type, row, some, width, b->head * d, d, rows, dp);
-        CAT(block_product_f32, VARIANT)(KEYS, lanes, d, rows, dp, turned, lanes, part, lanes, 0);
+        CAT(block_product_f32, VARIANT)(
+            KEYS, lanes, d, rows, dp, turned, lanes, part, lanes, 0, NULL);
         FN(transpose)(part, lanes, KEYS, lanes, score + j, stride);
     }
     for (int64_t l = 0; l < b->lanes; l++) {
@@ -60,7 +61,7 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
         int64_t some = n - j < KEYS ? n - j : KEYS, row = b->seq * a->kv_seq_rows + key0 + j;
         FN(load_keys)(a->v, (int)a->v_type, row, some, width, b->head * d, d, rows, dp);
         CAT(block_product_f32, VARIANT)(
-            b->lanes, dp, some, score + j, stride, rows, dp, out, dp, 1);
+            b->lanes, dp, some, score + j, stride, rows, dp, out, dp, 1, NULL);
     }
     for (int64_t l = 0; l < b->lanes; l++)
         memcpy(result + l * part_floats(d) + 2, out + l * dp, (size_t)dp * sizeof *out);

@@ -34,8 +34,8 @@
 #undef PRECISION
 #endif
 #include "quant.c"
-#include "gemv.c"
 #include "rowwise.c"
+#include "gemv.c"
 #include "lora.c"
 #include "attention.c"
 #include "loss.c"

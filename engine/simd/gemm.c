@@ -87,46 +87,90 @@ V_INLINE int64_t PP(chunk_tokens)(const struct linear_args *a)
                                                                     : CHUNK_TOKENS;
 }
 
-/* Rows o ... o + rows of W times tokens t0 ... t1: results gather in `result`, panel by panel. */
+/* Rows o ... o + rows of W times tokens t0 ... t1, panel by panel. Finished panels leave, where y is wanted. */
 static void FP(chunk_product)(const struct linear_args *a, int64_t o, int64_t rows, int64_t t0,
-    int64_t t1, float *result, ELEM *buffer)
+    int64_t t1, struct results *out, ELEM *buffer)
 {
+    struct leaving *leaving = &out->leaving;
     int64_t stride, k = reduction(a), steps = (k + STEP - 1) / STEP;
+    int64_t panels = (t1 - t0 + TILE_LANES - 1) / TILE_LANES;
     for (int64_t k0 = 0, depth; k0 < k; k0 += depth) {
         depth = PP(next_depth)(a, k0);
         const ELEM *w = FP(weight_rows)(a, o, rows, k0, depth, buffer, &stride);
-        for (int64_t t = t0; t < t1; t += TILE_LANES) {
+        for (int64_t i = 0, t = t0; i < panels; i++, t += TILE_LANES) {
             int64_t lanes = panel_lanes(a->n_tokens, t);
             const LANE *panel = (const LANE *)a->packed + t * steps + k0 / STEP * lanes;
-            float *c = result + (t - t0) * PP(chunk_rows);
+            float *c = panel_of(out, i);
             FP(block_product)(
-                rows, lanes, depth / STEP, w, stride, panel, lanes, c, TILE_LANES, k0 > 0);
+                rows, lanes, depth / STEP, w, stride, panel, lanes, c, TILE_LANES, k0 > 0, leaving);
+            if (k0 + depth >= k && leaving->a)
+                FN(leave)(leaving, c, o, rows, t, at_most(t1 - t, TILE_LANES));
         }
     }
-    for (int64_t t = t0; t < t1; t += TILE_LANES) {
-        int64_t tokens = t1 - t < TILE_LANES ? t1 - t : TILE_LANES;
-        const float *c = result + (t - t0) * PP(chunk_rows);
-        FN(transpose)(c, TILE_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
-        if (a->rank > 0)
-            FN(add_lora)(a, t, t + tokens, o, rows);
-    }
+    next_chunk(out, panels);
 }
 
 static void FP(linear_gemm)(const struct linear_args *a, const struct worker *worker)
 {
-    FP(pack_tokens)(a, worker);
-    team_barrier(worker);
     int64_t begin, end;
     worker_range(worker, a->n_out, PP(row_grain), &begin, &end);
-    float *result = (float *)(void *)worker->scratch;
-    ELEM *buffer = (ELEM *)(result + PP(chunk_rows) * CHUNK_TOKENS);
+    struct results out = {.panels = (float *)(void *)worker->scratch,
+        .size = PP(chunk_rows) * TILE_LANES,
+        .count = RESULT_PANELS,
+        .leaving = {.a = a}};
+    ELEM *buffer = (ELEM *)(out.panels + out.size * out.count);
     PP(matrix_begin)();
     int64_t chunk = PP(chunk_tokens)(a);
     for (int64_t t = 0; t < a->n_tokens; t += chunk) {
         int64_t t1 = t + chunk < a->n_tokens ? t + chunk : a->n_tokens;
         for (int64_t o = begin; o < end; o += PP(chunk_rows)) {
-            int64_t rows = end - o < PP(chunk_rows) ? end - o : PP(chunk_rows);
-            FP(chunk_product)(a, o, rows, t, t1, result, buffer);
+            int64_t rows = at_most(end - o, PP(chunk_rows));
+            FP(chunk_product)(a, o, rows, t, t1, &out, buffer);
+        }
+    }
+    FN(turn_rest)(&out.leaving);
+    PP(matrix_end)();
+}
+
+/* silu(gate) up of one panel, as a panel of the next product: `rows` neighbours of its reduction from o on. */
+static void FP(store_gated)(const struct linear_args *down, const float *gate, const float *up,
+    int64_t o, int64_t rows, int64_t t)
+{
+    int64_t lanes = panel_lanes(down->n_tokens, t), steps = down->n_in / STEP;
+    LANE *dst = (LANE *)down->packed + t * steps + o / STEP * lanes;
+    for (int64_t r = 0; r < rows; r += 2)
+        for (int64_t j = 0; j < lanes; j += VL) {
+            vf y[2];
+            for (int i = 0; i < 2; i++) {
+                int64_t at = (r + i) * TILE_LANES + j;
+                y[i] = v_silu_mul(v_load(gate + at), v_load(up + at));
+            }
+            PP(v_store_two)(dst + r / STEP * lanes + j, lanes, y[0], y[1]);
+        }
+}
+
+/* The product of gate and up, of which both factors stay in panels: what comes out is packed already. */
+static void FP(gated)(const struct feed_forward_args *f, const struct worker *worker)
+{
+    int64_t begin, end, size = PP(gated_rows) * TILE_LANES;
+    worker_range(worker, f->gate.n_out, PP(row_grain), &begin, &end);
+    struct results gate = {
+        .panels = (float *)(void *)worker->scratch, .size = size, .count = RESULT_PANELS};
+    struct results up = gate;
+    up.panels += size * RESULT_PANELS;
+    ELEM *buffer = (ELEM *)(up.panels + size * RESULT_PANELS);
+    PP(matrix_begin)();
+    int64_t chunk = PP(chunk_tokens)(&f->gate), n_tokens = f->gate.n_tokens;
+    for (int64_t t = 0; t < n_tokens; t += chunk) {
+        int64_t t1 = t + chunk < n_tokens ? t + chunk : n_tokens;
+        for (int64_t o = begin; o < end; o += PP(gated_rows)) {
+            int64_t rows = at_most(end - o, PP(gated_rows));
+            gate.first = up.first = 0;
+            FP(chunk_product)(&f->gate, o, rows, t, t1, &gate, buffer);
+            FP(chunk_product)(&f->up, o, rows, t, t1, &up, buffer);
+            for (int64_t i = 0; t + i * TILE_LANES < t1; i++)
+                FP(store_gated)(&f->down, gate.panels + i * size, up.panels + i * size, o, rows,
+                    t + i * TILE_LANES);
         }
     }
     PP(matrix_end)();
@@ -163,7 +207,7 @@ static void FP(back_panel)(const struct linear_back_args *a, const ELEM *dy, int
     enum { TOKENS = 16 };
     if (cols % VL == 0) {
         FP(block_product)(a->n_tokens, cols, steps, dy, stride, panel, TILE_LANES, a->dx + col,
-            a->n_in, accumulate);
+            a->n_in, accumulate, NULL);
         return;
     }
     float edge[TOKENS * TILE_LANES];
@@ -173,7 +217,7 @@ static void FP(back_panel)(const struct linear_back_args *a, const ELEM *dy, int
         for (int64_t i = 0; accumulate && i < tokens; i++)
             memcpy(edge + i * TILE_LANES, dx + i * a->n_in, (size_t)cols * sizeof *dx);
         FP(block_product)(tokens, cols, steps, dy + t * stride, stride, panel, TILE_LANES, edge,
-            TILE_LANES, accumulate);
+            TILE_LANES, accumulate, NULL);
         for (int64_t i = 0; i < tokens; i++)
             memcpy(dx + i * a->n_in, edge + i * TILE_LANES, (size_t)cols * sizeof *dx);
     }

@@ -58,10 +58,9 @@ V_INLINE void float_rows(int type, const struct linear_args *a, int64_t begin, i
     }
 }
 
-static void FN(linear_gemv)(const struct linear_args *a, const struct worker *worker)
+/* Rows begin ... end of W with all tokens. */
+static void FN(linear_gemv)(const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
-    int64_t begin, end;
-    worker_range(worker, a->n_out, 1, &begin, &end);
     switch (a->type) {
     case TYPE_F32:
         float_rows(TYPE_F32, a, begin, end);
@@ -74,24 +73,56 @@ static void FN(linear_gemv)(const struct linear_args *a, const struct worker *wo
         break;
     default:
         if (rounds(a))
-            FN(linear_quant)(a, worker->scratch, begin, end);
+            FN(linear_quant)(a, scratch, begin, end);
         else
-            FN(linear_decoded)(a, worker->scratch, begin, end);
+            FN(linear_decoded)(a, scratch, begin, end);
         break;
     }
-    if (a->rank > 0)
-        FN(add_lora)(a, 0, a->n_tokens, begin, end - begin);
+    if (!is_finished(a))
+        FN(finish_rows)(a, 0, a->n_tokens, begin, end - begin, a->y + begin, a->n_out);
+}
+
+static void FN(pack_for)(const struct linear_args *a, const struct worker *worker)
+{
+#ifdef HAVE_PAIR_PRODUCT
+    if (a->pairs) {
+        CAT(pack_tokens_bf16, VARIANT)(a, worker);
+        return;
+    }
+#endif
+#ifdef HAVE_BYTE_PRODUCT
+    if (multiplies_bytes(a)) {
+        FN(pack_bytes)(a, worker);
+        return;
+    }
+#endif
+    CAT(pack_tokens_f32, VARIANT)(a, worker);
+}
+
+static void FN(pack)(const void *p, const struct worker *worker)
+{
+    const struct pack_args *a = p;
+    struct linear_args product = {.n_tokens = a->n_tokens,
+        .n_in = a->n_in,
+        .x = a->x,
+        .type = a->type,
+        .partner = a->partner,
+        .pairs = a->pairs,
+        .packed = a->packed};
+    FN(pack_for)(&product, worker);
 }
 
 static void FN(linear)(const void *p, const struct worker *worker)
 {
     const struct linear_args *a = p;
     if (a->n_tokens <= GEMV_TOKENS) {
-        FN(linear_gemv)(a, worker);
+        int64_t begin, end;
+        worker_range(worker, a->n_out, 1, &begin, &end);
+        FN(linear_gemv)(a, worker->scratch, begin, end);
         return;
     }
 #ifdef HAVE_PAIR_PRODUCT
-    if (a->pairs && a->n_in % 2 == 0) {
+    if (a->pairs) {
         CAT(linear_gemm_bf16, VARIANT)(a, worker);
         return;
     }
@@ -103,6 +134,48 @@ static void FN(linear)(const void *p, const struct worker *worker)
     }
 #endif
     CAT(linear_gemm_f32, VARIANT)(a, worker);
+}
+
+/* gate.y = silu(gate.y) up.y for a few tokens: each worker what it has just made itself. */
+static void FN(gated_few)(const struct feed_forward_args *f, const struct worker *worker)
+{
+    int64_t begin, end, n = f->gate.n_out;
+    worker_range(worker, n, 1, &begin, &end);
+    FN(linear_gemv)(&f->gate, worker->scratch, begin, end);
+    FN(linear_gemv)(&f->up, worker->scratch, begin, end);
+    for (int64_t t = 0; t < f->gate.n_tokens; t++)
+        for (int64_t o = begin; o < end; o += VL) {
+            int64_t lanes = end - o < VL ? end - o : VL;
+            float *y = f->gate.y + t * n + o;
+            v_store_n(
+                y, v_silu_mul(v_load_n(y, lanes), v_load_n(f->up.y + t * n + o, lanes)), lanes);
+        }
+}
+
+static void FN(feed_forward)(const void *p, const struct worker *worker)
+{
+    const struct feed_forward_args *f = p;
+    if (f->gate.n_tokens <= GEMV_TOKENS) {
+        FN(gated_few)(f, worker);
+    } else if (f->panels) {
+#ifdef HAVE_PAIR_PRODUCT
+        if (f->gate.pairs)
+            CAT(gated_bf16, VARIANT)(f, worker);
+        else
+#endif
+            CAT(gated_f32, VARIANT)(f, worker);
+    } else {
+        struct silu_mul_args gated = {
+            f->gate.n_tokens * f->gate.n_out, f->gate.y, f->up.y, f->gate.y};
+        FN(linear)(&f->gate, worker);
+        FN(linear)(&f->up, worker);
+        team_barrier(worker);
+        FN(silu_mul)(&gated, worker);
+        team_barrier(worker);
+        FN(pack_for)(&f->down, worker);
+    }
+    team_barrier(worker);
+    FN(linear)(&f->down, worker);
 }
 
 static void FN(linear_back)(const void *p, const struct worker *worker)

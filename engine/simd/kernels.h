@@ -22,12 +22,13 @@ struct embed_args {
     float *y;
 };
 
-/* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o]        the second term if rank > 0
- * W: n_out stored rows of n_in; u: n_tokens x rank; b: rank x n_out.
+/* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o] + base[t][o]
+ * The second term if rank > 0, the third unless base is NULL. W: n_out stored rows of n_in; u: n_tokens x rank;
+ * b: rank x n_out.
  * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
  * sums) first, as the original does.
  * pairs: where there is a pair product, round x (and W, unless stored so) to bf16 and use it; sums stay float.
- * packed: linear_packed_bytes() shared by the workers, used where n_tokens > GEMV_TOKENS. */
+ * packed: where n_tokens > GEMV_TOKENS, x as `pack` leaves it for this type, partner and pairs. */
 struct linear_args {
     int64_t n_tokens, n_in, n_out;
     const float *x;
@@ -39,6 +40,16 @@ struct linear_args {
     float scale;
     int64_t partner, pairs;
     void *packed;
+    const float *base;
+};
+
+/* down.y = down.base + (silu(x G') (x U')) D'              G, U, D: weights of gate, up and down, with no adapters
+ * Where n_tokens > GEMV_TOKENS, gate.packed holds x and down.packed has room for the product of gate and up.
+ * gate.y, up.y: n_tokens x gate.n_out; up.y may be gate.y. */
+struct feed_forward_args {
+    struct linear_args gate, up, down;
+    int64_t
+        panels; /* gate.y and up.y are not there: all products are of one precision, nothing is rounded to bytes */
 };
 
 /* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: back_packed_bytes() */
@@ -60,11 +71,19 @@ enum {
     PANEL_TOKENS = 64, /* the most lanes of a panel */
 };
 
-/* Bytes of linear_args.packed: panels, each with its columns and block sums. */
-static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in)
+/* packed = x with tokens along the lanes, as products with weights of a type take it (gemm.c, quant.c). */
+struct pack_args {
+    int64_t n_tokens, n_in;
+    const float *x;
+    int64_t type, partner, pairs;
+    void *packed;
+};
+
+/* Bytes of what is packed: panels, each with its columns and block sums; with pairs, two columns in four bytes. */
+static inline int64_t linear_packed_bytes(int64_t n_tokens, int64_t n_in, int64_t pairs)
 {
     int64_t lanes = (n_tokens + PANEL_TOKENS - 1) / PANEL_TOKENS * PANEL_TOKENS;
-    return lanes * (n_in + n_in / QUANT_BLOCK + 1) * 4;
+    return lanes * (pairs ? n_in / 2 : n_in + n_in / QUANT_BLOCK + 1) * 4;
 }
 
 /* Bytes of linear_back_args.packed: dy in bf16, rows of whole pairs. */
@@ -298,7 +317,8 @@ struct kernels {
     encode_fn encode_bf16, encode_f16;
     find_invalid_fn find_invalid;
     sum_squares_fn sum_squares;
-    op_fn embed, linear, linear_back, rms_norm, rms_norm_back, rope, silu_mul, silu_mul_back;
+    op_fn embed, pack, linear, feed_forward, linear_back, rms_norm, rms_norm_back, rope, silu_mul,
+        silu_mul_back;
     op_fn add, zero, cache_store, attention, attention_back, lora_down, lora_up, lora_outer;
     op_fn lora_gather, lora_scatter, cross_entropy, probe_fma, probe_pairs, probe_tiles, probe_read;
     op_fn square_sums, adamw;

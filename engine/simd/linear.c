@@ -3,8 +3,11 @@
 
 enum {
     TILE_LANES = TILE_VECS * VL,
-    CHUNK_TOKENS = 512, /* tokens worked on at a time: whole panels */
-    LONG_DEPTH = 512,   /* part of a reduction of bf16 that is longer than one part */
+    LINE_STEPS = 16,                               /* steps of a reduction in a line of 64 bytes */
+    CHUNK_TOKENS = 512,                            /* tokens worked on at a time: whole panels */
+    RESULT_PANELS = CHUNK_TOKENS / TILE_LANES + 1, /* those of a chunk, and one that is leaving */
+    BLOCKS_A_TILE = 2, /* turned between two tiles; a panel has fewer than two a tile */
+    LONG_DEPTH = 512,  /* part of a reduction of bf16 that is longer than one part */
     BACK_COLUMNS =
         256, /* columns of W decoded at a time on the way back: whole blocks of every type */
 };
@@ -16,6 +19,9 @@ _Static_assert(TILE_ROWS == 6, "tile.c names six heights");
 _Static_assert(
     (int64_t)(VL + 1) * 4 * (MAX_ROW + MAX_ROW / QUANT_BLOCK) + MAX_ROW / 4 * 5 <= WORKER_SCRATCH,
     "the longest row does not fit a worker's scratch");
+
+/* n, but from 0 to `most`. */
+V_INLINE int64_t at_most(int64_t n, int64_t most) { return n < 0 ? 0 : n < most ? n : most; }
 
 /* Distance of the rows of the panel that begins with token `first`. */
 V_INLINE int64_t panel_lanes(int64_t n_tokens, int64_t first)
@@ -48,20 +54,123 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
         memcpy(y + a->n_in, row.sum, (size_t)blocks * sizeof *y);
 }
 
-/* y[t][first + o] += scale sum_r u[t][r] b[r][first + o] for o < n, tokens t0 ... t1. */
-static void FN(add_lora)(
-    const struct linear_args *a, int64_t t0, int64_t t1, int64_t first, int64_t n)
+/* Whether nothing comes on top of the products. */
+V_INLINE int is_finished(const struct linear_args *a) { return a->rank == 0 && !a->base; }
+
+/* y[t][first + o] for o < n, tokens t0 ... t1, from the products: the adapter's comes on top, then the base. `sums`,
+ * a row a token, may be y's own. Whole vectors are not masked: a masked load of what was just stored waits for the
+ * cache. */
+V_INLINE void finish_lanes(const struct linear_args *a, int64_t t, int64_t o, int64_t lanes, vf sum)
 {
-    for (int64_t t = t0; t < t1; t++) {
-        float *y = a->y + t * a->n_out + first;
-        for (int64_t o = 0; o < n; o += VL) {
-            int64_t lanes = n - o < VL ? n - o : VL;
-            vf sum = v_load_n(y + o, lanes);
-            for (int64_t r = 0; r < a->rank; r++) {
-                vf b = v_load_n(a->b + r * a->n_out + first + o, lanes);
-                sum = v_fma(v_set1(a->scale * a->u[t * a->rank + r]), b, sum);
-            }
-            v_store_n(y + o, sum, lanes);
-        }
+    int64_t at = t * a->n_out + o;
+    for (int64_t r = 0; r < a->rank; r++) {
+        vf b = v_load_some(a->b + r * a->n_out + o, lanes);
+        sum = v_fma(v_set1(a->scale * a->u[t * a->rank + r]), b, sum);
     }
+    if (a->base)
+        sum = v_add(v_load_some(a->base + at, lanes), sum);
+    if (lanes == VL)
+        v_store(a->y + at, sum);
+    else
+        v_store_n(a->y + at, sum, lanes);
+}
+
+static void FN(finish_rows)(const struct linear_args *a, int64_t t0, int64_t t1, int64_t first,
+    int64_t n, const float *sums, int64_t stride)
+{
+    for (int64_t t = t0; t < t1; t++, sums += stride) {
+        int64_t o = 0;
+        for (; o + VL <= n; o += VL)
+            finish_lanes(a, t, first + o, VL, v_load(sums + o));
+        if (o < n)
+            finish_lanes(a, t, first + o, n - o, v_load_n(sums + o, n - o));
+    }
+}
+
+/* A panel of results, rows of outputs with tokens along the lanes, on its way to rows of y. It is turned a block of
+ * VL x VL at a time between the tiles of the next panel: stores to y miss the caches, and when they come all at
+ * once they are waited for. In one go they took a tenth of a product of 512 x 576 x 1536. */
+struct leaving {
+    const struct linear_args *a; /* NULL: results stay in panels */
+    const float *c;
+    int64_t o, rows, t, tokens;
+    int64_t block, n_blocks; /* the next one, and all */
+};
+
+/* Panels of results, used in turn. Those of a chunk are needed together while its reduction goes on in parts. */
+struct results {
+    float *panels;
+    int64_t size, count, first;
+    struct leaving leaving;
+};
+
+V_INLINE float *panel_of(const struct results *out, int64_t i)
+{
+    return out->panels + (out->first + i) % out->count * out->size;
+}
+
+V_INLINE void next_chunk(struct results *out, int64_t n_panels)
+{
+    out->first = (out->first + n_panels) % out->count;
+}
+
+/* Whole blocks stay in registers: what was stored and loaded again took five times as long. */
+V_INLINE void turn_whole_block(const struct linear_args *a, const float *c, int64_t t, int64_t o)
+{
+    vf sums[VL];
+    v_turn(c, TILE_LANES, sums);
+    for (int64_t r = 0; r < a->rank; r++) {
+        vf b = v_load(a->b + r * a->n_out + o);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++)
+            sums[i] = v_fma(v_set1(a->scale * a->u[(t + i) * a->rank + r]), b, sums[i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) {
+        int64_t at = (t + i) * a->n_out + o;
+        v_store(a->y + at, a->base ? v_add(v_load(a->base + at), sums[i]) : sums[i]);
+    }
+}
+
+static void FN(turn_block)(const struct leaving *l, int64_t block)
+{
+    int64_t across = (l->rows + VL - 1) / VL, row = block % across * VL,
+            token = block / across * VL;
+    int64_t tokens = at_most(l->tokens - token, VL), rows = at_most(l->rows - row, VL);
+    int64_t t = l->t + token, o = l->o + row;
+    const float *c = l->c + row * TILE_LANES + token;
+    if (tokens == VL && rows == VL) {
+        turn_whole_block(l->a, c, t, o);
+        return;
+    }
+    float turned[VL * VL];
+    FN(transpose)(c, TILE_LANES, rows, tokens, turned, VL);
+    FN(finish_rows)(l->a, t, t + tokens, o, rows, turned, VL);
+}
+
+/* As much as belongs between n tiles. */
+static void FN(turn_some)(struct leaving *l, int64_t n)
+{
+    for (int64_t i = 0; i < n * BLOCKS_A_TILE && l->block < l->n_blocks; i++)
+        FN(turn_block)(l, l->block++);
+}
+
+static void FN(turn_rest)(struct leaving *l)
+{
+    while (l->block < l->n_blocks)
+        FN(turn_block)(l, l->block++);
+}
+
+/* A finished panel begins to leave, once the one before it has left. */
+static void FN(leave)(
+    struct leaving *l, const float *c, int64_t o, int64_t rows, int64_t t, int64_t tokens)
+{
+    FN(turn_rest)(l);
+    l->c = c;
+    l->o = o;
+    l->rows = rows;
+    l->t = t;
+    l->tokens = tokens;
+    l->block = 0;
+    l->n_blocks = (rows + VL - 1) / VL * ((tokens + VL - 1) / VL);
 }

@@ -20,6 +20,7 @@ enum {
     row_grain_f32 =
         TILE_ROWS, /* workers split the rows of W so that each row meets the same kind of tile */
     chunk_rows_f32 = 192, /* rows of W worked on at a time: a multiple of TILE_ROWS and of VL */
+    gated_rows_f32 = 96,  /* the same, of each of the two weights of a gate */
     chunk_depth_f32 =
         256, /* part of the reduction worked on at a time: whole blocks of every type */
     back_depth_f32 = 192, /* rows of W decoded at a time on the way back */
@@ -77,8 +78,10 @@ enum {
     step_bf16 = 2,
 #ifdef HAVE_MATRIX_TILES
     row_grain_bf16 = MATRIX_ROWS,
+    gated_rows_bf16 = 96,
 #else
     row_grain_bf16 = TILE_ROWS,
+    gated_rows_bf16 = 48,
 #endif
     chunk_rows_bf16 = 96, /* pairs are worth whole reductions: results leave the tile seldom */
     chunk_depth_bf16 = 2048,

@@ -384,8 +384,8 @@ V_INLINE void quant_chunks(
             int64_t tokens = a->n_tokens - t < QUANT_LANES ? a->n_tokens - t : QUANT_LANES;
             FN(quant_block)(rows, blocks, &w, quant_panel_of(a, t), result);
             FN(transpose)(result, QUANT_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
-            if (a->rank > 0)
-                FN(add_lora)(a, t, t + tokens, o, rows);
+            if (!is_finished(a))
+                FN(finish_rows)(a, t, t + tokens, o, rows, a->y + t * a->n_out + o, a->n_out);
         }
     }
 }
@@ -398,8 +398,6 @@ _Static_assert((int64_t)QUANT_ROWS *(MAX_ROW + 64 + (MAX_ROW / QUANT_BLOCK + 2 *
 static void FN(linear_bytes)(const struct linear_args *a, const struct worker *worker)
 {
     int64_t begin, end;
-    FN(pack_bytes)(a, worker);
-    team_barrier(worker);
     worker_range(worker, a->n_out, 16, &begin, &end);
 #define CHUNKS(type) quant_chunks(type, a, worker->scratch, begin, end)
     BY_QUANTIZED_TYPE(a->type, CHUNKS)

@@ -103,8 +103,8 @@ static void FN(silu_mul)(const void *p, const struct worker *worker)
     worker_range(worker, a->n, VL, &begin, &end);
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        vf g = v_load_n(a->g + i, lanes);
-        v_store_n(a->y + i, v_mul(v_mul(g, v_logistic(g)), v_load_n(a->u + i, lanes)), lanes);
+        vf y = v_silu_mul(v_load_n(a->g + i, lanes), v_load_n(a->u + i, lanes));
+        v_store_n(a->y + i, y, lanes);
     }
 }
 

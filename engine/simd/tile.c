@@ -20,17 +20,23 @@ V_INLINE void PP(tile_body)(const int m, const int nv, int64_t k, const ELEM *a,
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++)
             acc[i][j] = accumulate ? v_load(c + i * c_stride + j * VL) : v_zero();
-    for (int64_t l = 0; l < k; l++) {
-        PP(v_step) row[TILE_VECS];
+    for (int64_t first = 0; first < k; first += LINE_STEPS) {
+        int64_t end = k - first < LINE_STEPS ? k : first + LINE_STEPS;
 #pragma GCC unroll 8
-        for (int j = 0; j < nv; j++)
-            row[j] = PP(v_load_step)(b + l * b_stride + j * VL);
-#pragma GCC unroll 8
-        for (int i = 0; i < m; i++) {
-            PP(v_step) x = PP(v_broadcast_step)(a + i * a_stride + l * STEP);
+        for (int i = 0; i < m; i++)
+            _mm_prefetch((const char *)(a + (m + i) * a_stride + first * STEP), _MM_HINT_T0);
+        for (int64_t l = first; l < end; l++) {
+            PP(v_step) row[TILE_VECS];
 #pragma GCC unroll 8
             for (int j = 0; j < nv; j++)
-                acc[i][j] = PP(v_fma_step)(x, row[j], acc[i][j]);
+                row[j] = PP(v_load_step)(b + l * b_stride + j * VL);
+#pragma GCC unroll 8
+            for (int i = 0; i < m; i++) {
+                PP(v_step) x = PP(v_broadcast_step)(a + i * a_stride + l * STEP);
+#pragma GCC unroll 8
+                for (int j = 0; j < nv; j++)
+                    acc[i][j] = PP(v_fma_step)(x, row[j], acc[i][j]);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -66,11 +72,14 @@ static const FP(tile_fn) FP(tiles)[TILE_VECS][TILE_ROWS] = {TILE_NAMES(1), TILE_
 #undef TILE_NAMES
 
 /* The same for any m and n; rows of b and c must be readable and writable up to a multiple of VL. Matrix tiles
- * take as many rows as they can, where there are any. */
+ * take as many rows as they can, where there are any. What is leaving goes on between tiles. */
 static void FP(block_product)(int64_t m, int64_t n, int64_t k, const ELEM *a, int64_t a_stride,
-    const LANE *b, int64_t b_stride, float *c, int64_t c_stride, int accumulate)
+    const LANE *b, int64_t b_stride, float *c, int64_t c_stride, int accumulate,
+    struct leaving *leaving)
 {
     int64_t done = PP(matrix_rows)(m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    if (leaving)
+        FN(turn_some)(leaving, done / TILE_ROWS);
     for (int64_t j = 0; j < n; j += TILE_LANES) {
         int64_t vecs = n - j < TILE_LANES ? (n - j + VL - 1) / VL : TILE_VECS;
         for (int64_t i = done; i < m; i += TILE_ROWS) {
@@ -78,6 +87,8 @@ static void FP(block_product)(int64_t m, int64_t n, int64_t k, const ELEM *a, in
             FP(tile_fn) tile = FP(tiles)[vecs - 1][rows - 1];
             tile(k, a + i * a_stride, a_stride, b + j, b_stride, c + i * c_stride + j, c_stride,
                 accumulate);
+            if (leaving)
+                FN(turn_some)(leaving, 1);
         }
     }
 }

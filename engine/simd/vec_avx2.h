@@ -140,7 +140,8 @@ V_INLINE vf v_from_i8(const int8_t *p)
 }
 
 /* dst[j][i] = src[i][j] for VL x VL elements of 32 bits. */
-V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int64_t dst_stride)
+/* out[j]: column j of VL rows. */
+V_INLINE void v_turn(const float *src, int64_t src_stride, vf out[VL])
 {
     vf r[8], s[8];
     for (int i = 0; i < 8; i++)
@@ -156,8 +157,8 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
         r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xEE);
     }
     for (int i = 0; i < 4; i++) {
-        v_store(dst + i * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        v_store(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        out[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        out[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
 }
 

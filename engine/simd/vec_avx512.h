@@ -120,7 +120,8 @@ V_INLINE vf v_from_i8(const int8_t *p)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
-V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int64_t dst_stride)
+/* out[j]: column j of VL rows. */
+V_INLINE void v_turn(const float *src, int64_t src_stride, vf out[VL])
 {
     vf r[16], s[16];
     for (int i = 0; i < 16; i++)
@@ -141,10 +142,10 @@ V_INLINE void v_transpose(const float *src, int64_t src_stride, float *dst, int6
         vf odd0 = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xDD);
         vf even1 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x88);
         vf odd1 = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xDD);
-        v_store(dst + c * dst_stride, _mm512_shuffle_f32x4(even0, even1, 0x88));
-        v_store(dst + (c + 4) * dst_stride, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
-        v_store(dst + (c + 8) * dst_stride, _mm512_shuffle_f32x4(even0, even1, 0xDD));
-        v_store(dst + (c + 12) * dst_stride, _mm512_shuffle_f32x4(odd0, odd1, 0xDD));
+        out[c] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+        out[c + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+        out[c + 8] = _mm512_shuffle_f32x4(even0, even1, 0xDD);
+        out[c + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xDD);
     }
 }
 
