@@ -181,6 +181,21 @@ def test_linear_with_rounded_activations_agrees_with_the_formula(
         assert_close(y, reference.linear_rounded(x, dtype, data, n_out), magnitude, 4)
 
 
+@pytest.mark.parametrize("dtype", [*ROUNDED, dtypes.IQ4_NL], ids=lambda t: t.name)
+def test_linear_takes_any_number_of_blocks_and_gives_a_token_among_others_its_bits(
+    isa: str, dtype: DType, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_blocks in range(1, 36):  # groups of 8 or 16 blocks, whole and cut
+        data, w = weight(rng, dtype, 3, n_blocks * BLOCK)
+        x = random(rng, 7, n_blocks * BLOCK)
+        y = linear(isa, x, guarded(data), dtype, 3, partner=True)
+        assert (abs(y - reference.linear(x, w)) <= rounding_error(dtype, x, w, data)).all()
+        for n_tokens in range(1, 7):
+            some = linear(isa, x[:n_tokens], guarded(data), dtype, 3, partner=True)
+            assert_same_bits(some, y[:n_tokens])
+        assert_same_bits(linear(isa, x[6:], guarded(data), dtype, 3, partner=True), y[6:])
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 8, 9, 65])
 def test_linear_with_rounded_activations_stays_near_the_exact_product(

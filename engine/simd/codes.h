@@ -23,12 +23,15 @@ V_INLINE __m256i nibble_codes(const uint8_t *qs)
     return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
-/* The values that IQ4's codes stand for, by bytes of nibbles. */
+/* The values that IQ4's codes stand for. */
+V_INLINE __m128i iq4_table(void)
+{
+    return _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+}
+
 V_INLINE __m256i iq4_values(const uint8_t *qs)
 {
-    const __m128i table =
-        _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), nibble_codes(qs));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(iq4_table()), nibble_codes(qs));
 }
 
 /* `bits` bits of each of 32 bytes, from bit `shift` on. */

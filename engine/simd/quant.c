@@ -1,13 +1,14 @@
-/* Products of quantized weights with activations rounded to bytes, as the original makes them. A stored row is
- * unpacked to codes of a byte, with scale and offset a group; whole products of codes are integers, and only a
- * group's sum is scaled: with code c, scale d, offset m of the weight and code q, scale e of the activation
+/* Products of quantized weights with activations rounded to bytes, as the original makes them. A stored row is codes
+ * of a byte or less, with scale and offset a group; whole products of codes are integers, and only a group's sum is
+ * scaled: with code c, scale d, offset m of the weight and code q, scale e of the activation
  *     sum x w = sum over groups of  d e sum(c q) + m (e sum(q)).
- * Codes are unsigned; those of signed types are shifted by SIGNED_BIAS, which the offset takes back.
+ * Codes are unsigned; those of signed types are shifted by SIGNED_BIAS, which is taken back from the sum.
  *
- * A few tokens meet each row by dots, once its codes are unpacked. Bound: the bytes of W, once. Many tokens run
- * along the lanes, four neighbours of the reduction to a lane, and W's codes are broadcast. Bound: 2 n_tokens n_in
- * n_out operations, and three more vectors for each 8 of codes. Matrix tiles of bytes gain nothing: their sums
- * leave by way of memory every 32 elements, and 330 G operations a second were less than these vectors' 400. */
+ * A few tokens meet each row by dots: blocks of 32 as they stand, blocks of 256 once their codes are unpacked. Bound:
+ * the bytes of W, once. Many tokens run along the lanes, four neighbours of the reduction to a lane, and W's codes are
+ * broadcast. Bound: 2 n_tokens n_in n_out operations, and three more vectors for each 8 of codes. Matrix tiles of bytes
+ * gain nothing: their sums leave by way of memory every 32 elements, and 330 G operations a second were less than these
+ * vectors' 400. */
 
 enum { DOT_BYTES = 4 * VL, DOT_BLOCKS = DOT_BYTES / QUANT_BLOCK, DOT_ROWS = 4 };
 
@@ -31,6 +32,16 @@ V_INLINE int code_shift(int type)
     default:
         return is_signed(type) ? SIGNED_BIAS : 0;
     }
+}
+
+V_INLINE vi add_dot(int type, vi acc, vi u, vi s)
+{
+    return is_signed(type) ? v_dot_shifted(acc, u, s) : v_dot_bytes(acc, u, s);
+}
+
+V_INLINE __m128i iq4_shifted(void)
+{
+    return _mm_add_epi8(iq4_table(), _mm_set1_epi8((char)SIGNED_BIAS));
 }
 
 /* Elements that share a scale. */
@@ -112,7 +123,6 @@ V_INLINE void dot_codes(
     int type, int n_rows, int64_t n, const struct unpacked *w, const int8_t *x, float *y)
 {
     __m256 acc[DOT_ROWS];
-    float total[DOT_ROWS] = {0};
     const int64_t per_block = QUANT_BLOCK / scale_group(type);
     for (int r = 0; r < n_rows; r++)
         acc[r] = _mm256_setzero_ps();
@@ -121,8 +131,7 @@ V_INLINE void dot_codes(
 #pragma GCC unroll 4
         for (int r = 0; r < n_rows; r++) {
             vi u = v_load_halves(w->q + r * w->q_stride + i);
-            vf sums =
-                v_from_i32(is_signed(type) ? v_dot_shifted(u, s) : v_dot_bytes(v_zero_i(), u, s));
+            vf sums = v_from_i32(add_dot(type, v_zero_i(), u, s));
             for (int h = 0; h < DOT_BLOCKS; h++) {
                 const float *scale = w->scaled + r * w->stride + (i / QUANT_BLOCK + h) * per_block;
                 __m256 factor = _mm256_set1_ps(scale[0]);
@@ -132,20 +141,13 @@ V_INLINE void dot_codes(
             }
         }
     }
-    if (block_elements(type) == SUPER_BLOCK) { /* groups are whole vectors */
-        for (int r = 0; r < n_rows; r++)
-            for (int64_t g = 0; g < n / QUANT_BLOCK * per_block; g += 8)
-                acc[r] = _mm256_add_ps(acc[r], _mm256_loadu_ps(w->offset + r * w->stride + g));
-    } else {
-        for (int64_t g = 0; g < n / QUANT_BLOCK; g++)
-#pragma GCC unroll 4
-            for (int r = 0; r < n_rows; r++)
-                total[r] += w->offset[r * w->stride + g];
-    }
+    for (int r = 0; r < n_rows; r++) /* groups are whole vectors */
+        for (int64_t g = 0; g < n / QUANT_BLOCK * per_block; g += 8)
+            acc[r] = _mm256_add_ps(acc[r], _mm256_loadu_ps(w->offset + r * w->stride + g));
     for (int r = 0; r < n_rows; r++) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(acc[r]), _mm256_extractf128_ps(acc[r], 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        y[r] = _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half))) + total[r];
+        y[r] = _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
     }
 }
 
@@ -197,11 +199,16 @@ V_INLINE void quant_some(int type, int n_rows, const struct linear_args *a, cons
     }
 }
 
-V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_row *x,
-    char *scratch, int64_t begin, int64_t end)
+V_INLINE void quant_rows(
+    int type, const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
-    struct unpacked w = {
-        .stride = a->n_in / scale_group(type) + 2 * VL, .q_stride = whole_dots(a->n_in)};
+    struct q8_row x[GEMV_TOKENS];
+    int64_t group = scale_group(type);
+    for (int64_t t = 0; t < a->n_tokens; t++, scratch += q8_row_bytes(a->n_in, group)) {
+        x[t] = place_q8_row(scratch, a->n_in, group);
+        FN(quantize_q8)(a->x + t * a->n_in, a->n_in, has_offset(type), x[t]);
+    }
+    struct unpacked w = {.stride = a->n_in / group + 2 * VL, .q_stride = whole_dots(a->n_in)};
     int64_t floats = DOT_ROWS * w.stride, o = begin;
     w.d = (float *)(void *)scratch;
     w.m = w.d + floats;
@@ -213,6 +220,251 @@ V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_
     for (; o < end; o++)
         quant_some(type, 1, a, x, &w, o);
 }
+
+/* ------------------------------------------------------------------ a few tokens, blocks of 32 as they stand */
+
+/* ------------------------------------------------------------------ a few tokens, blocks of 32 as they stand */
+
+/* Blocks of 32 go from the file to the products in registers: a vector holds 16 code bytes of the same block of some
+ * rows, four lanes a row. Scales of a row's VL blocks are picked out of the vectors that these blocks are, then mixed so
+ * that one permutation gives the rows' scales of a block. Sums are added as the original's AVX2 kernels add them: a lane
+ * of eight for each four of a block's codes, block after block, and offsets in a sum of their own. Activations are
+ * rounded to bytes, so the last bits of another order grow to tenths of a logit within some layers. */
+enum { ROWS = VL / 4, STREAM_TOKENS = 4, STREAM_VECTORS = 9 };
+
+/* Vectors that hold VL blocks. */
+V_INLINE int stream_vectors(int type) { return (int)(block_bytes(type) + 3) / 4; }
+
+V_INLINE int64_t code_bytes(int type) { return type == TYPE_Q8_0 ? 32 : 16; }
+
+/* A rounded activation row; start: minus the shift of the weights' codes times the four codes that meet a lane. The next
+ * token's row is `stride` bytes behind. */
+struct stream_row {
+    const char *q, *start, *scale, *sum;
+    int64_t stride;
+};
+
+V_INLINE int64_t stream_row_bytes(int64_t n)
+{
+    return (2 * n + 2 * (n / QUANT_BLOCK) * (int64_t)sizeof(float) + 63) / 64 * 64;
+}
+
+V_INLINE struct stream_row stream_row_at(char *p, int64_t n)
+{
+    return (struct stream_row){
+        p, p + n, p + 2 * n, p + 2 * n + n / QUANT_BLOCK * 4, stream_row_bytes(n)};
+}
+
+/* The t-th row behind x. */
+V_INLINE struct stream_row later(struct stream_row x, int64_t t)
+{
+    int64_t at = t * x.stride;
+    return (struct stream_row){x.q + at, x.start + at, x.scale + at, x.sum + at, x.stride};
+}
+
+V_INLINE void round_stream(int type, const float *x, int64_t n, char *p)
+{
+    int64_t blocks = n / QUANT_BLOCK;
+    struct q8_row row = {
+        .q = (int8_t *)p, .scale = (float *)(void *)(p + 2 * n), .group = QUANT_BLOCK};
+    row.sum = row.scale + blocks;
+    FN(quantize_q8)(x, n, has_offset(type), row);
+    for (int64_t i = 0; code_shift(type) && i < n; i += 16) {
+        vi sums = v_dot_bytes(v_zero_i(), v_set_bytes(code_shift(type)), v_load_same(p + i));
+        v_store_same(p + n + i, v_sub_i(v_zero_i(), sums));
+    }
+}
+
+/* Of a row of weights: places of the scales; blocks beyond whole groups, in so many vectors, of which the last one ends
+ * with the row. */
+struct stream {
+    vi halves;
+    int64_t rest, rest_vectors;
+    v_first rest_end;
+};
+
+V_INLINE struct stream stream_of(int type, int64_t n)
+{
+    const int64_t stride = block_bytes(type);
+    struct stream s = {.halves = v_half_places(stride), .rest = n / QUANT_BLOCK % VL};
+    s.rest_vectors = (s.rest * stride + 4 * VL - 1) / (4 * VL);
+    s.rest_end = v_first_bytes(s.rest * stride - (s.rest_vectors - 1) * 4 * VL);
+    return s;
+}
+
+/* Scales and offsets of VL blocks of a row, or of those at its end: that is a constant. */
+V_INLINE vi stream_fields(int type, int end, const struct stream *s, const uint8_t *w)
+{
+    const int64_t stride = block_bytes(type);
+    const int vectors = stream_vectors(type);
+    vi z[STREAM_VECTORS];
+#pragma GCC unroll 9
+    for (int v = 0; v < vectors; v++) {
+        const uint8_t *p = w + 4 * VL * v;
+        if (!end)
+            z[v] = 4 * VL * (v + 1) > VL * stride
+                ? v_load_first(p, v_first_bytes(VL * stride - 4 * VL * v))
+                : v_load_bytes(p);
+        else if (v < s->rest_vectors)
+            z[v] = v + 1 < s->rest_vectors ? v_load_bytes(p) : v_load_first(p, s->rest_end);
+        else
+            z[v] = v_zero_i();
+    }
+    return v_fields(w, stride, end ? s->rest : VL, z, vectors, s->halves);
+}
+
+/* The codes of a block of ROWS rows: of elements 0 ... 15, and of 16 ... 31. */
+V_INLINE void stream_codes(int type, const uint8_t *w, int64_t row_bytes, vi *low, vi *high)
+{
+    const uint8_t *codes = w + block_bytes(type) - code_bytes(type);
+    vi x = v_load_rows(codes, row_bytes);
+    if (type == TYPE_Q8_0) {
+        *low = v_flip_signs(x);
+        *high = v_flip_signs(v_load_rows(codes + 16, row_bytes));
+        return;
+    }
+    *low = v_low_nibbles(x);
+    *high = v_high_nibbles(x);
+    if (type == TYPE_IQ4_NL) {
+        *low = v_lookup_bytes(iq4_shifted(), *low);
+        *high = v_lookup_bytes(iq4_shifted(), *high);
+    }
+    if (type == TYPE_Q5_0 || type == TYPE_Q5_1) {
+        const __m128i first = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        const __m128i second = _mm_setr_epi8(2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+        const __m128i bits = _mm_set1_epi64x((long long)0x8040201008040201u);
+        vi fifths = v_load_rows(codes - 4, row_bytes);
+        *low = v_add_fifth(*low, fifths, v_same(first), v_same(bits));
+        *high = v_add_fifth(*high, fifths, v_same(second), v_same(bits));
+    }
+}
+
+V_INLINE float number_at(const char *p)
+{
+    float x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+/* Sums of a token: of a block's first and last 16 products, and of the offsets, which is the same in a row's lanes. */
+struct stream_sums {
+    vf low, high, offsets;
+};
+
+/* Adds some blocks of ROWS rows times some tokens. Type, tokens and end are constants. */
+V_INLINE void stream_group(int type, int n_tokens, int end, const struct stream *s,
+    const uint8_t *w, int64_t row_bytes, struct stream_row x, struct stream_sums *sums)
+{
+    vf d[ROWS], m[ROWS], scales[ROWS], offsets[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+        vi fields = stream_fields(type, end, s, w + r * row_bytes);
+        d[r] = v_first_f16(fields);
+        m[r] = v_second_f16(fields);
+    }
+    v_mix_rows(d, scales);
+    if (has_offset(type))
+        v_mix_rows(m, offsets);
+    const int64_t blocks = end ? s->rest : VL;
+    for (int64_t b = 0; b < blocks; b += 4) {
+        vi at = v_places(b);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            if (end && b + i >= blocks)
+                break;
+            vi low, high;
+            stream_codes(type, w + (b + i) * block_bytes(type), row_bytes, &low, &high);
+            vf scale = v_mixed(scales, i, at);
+#pragma GCC unroll 4
+            for (int t = 0; t < n_tokens; t++) {
+                const int64_t codes = t * x.stride + (b + i) * QUANT_BLOCK;
+                const int64_t number = t * x.stride + (b + i) * (int64_t)sizeof(float);
+                vi low_sums = v_zero_i(), high_sums = v_zero_i();
+                if (code_shift(type)) {
+                    low_sums = v_load_same(x.start + codes);
+                    high_sums = v_load_same(x.start + codes + 16);
+                }
+                low_sums = add_dot(type, low_sums, low, v_load_same(x.q + codes));
+                high_sums = add_dot(type, high_sums, high, v_load_same(x.q + codes + 16));
+                vf factor = v_mul(scale, v_set1(number_at(x.scale + number)));
+                sums[t].low = v_fma(v_from_i32(low_sums), factor, sums[t].low);
+                sums[t].high = v_fma(v_from_i32(high_sums), factor, sums[t].high);
+                if (has_offset(type))
+                    sums[t].offsets = v_add(sums[t].offsets,
+                        v_mul(v_mixed(offsets, i, at), v_set1(number_at(x.sum + number))));
+            }
+        }
+    }
+}
+
+/* ROWS rows of W times some tokens. */
+V_INLINE void stream_dots(int type, int n_tokens, int64_t n, const struct stream *s,
+    const uint8_t *w, int64_t row_bytes, struct stream_row x, float *y, int64_t y_stride)
+{
+    const int64_t stride = block_bytes(type);
+    struct stream_sums sums[STREAM_TOKENS];
+#pragma GCC unroll 4
+    for (int t = 0; t < n_tokens; t++)
+        sums[t] = (struct stream_sums){v_zero(), v_zero(), v_zero()};
+    for (int64_t b = VL; b <= n / QUANT_BLOCK; b += VL) {
+        stream_group(type, n_tokens, 0, s, w, row_bytes, x, sums);
+        w += VL * stride;
+        x.q += VL * QUANT_BLOCK;
+        x.start += VL * QUANT_BLOCK;
+        x.scale += VL * sizeof(float);
+        x.sum += VL * sizeof(float);
+    }
+    if (s->rest > 0)
+        stream_group(type, n_tokens, 1, s, w, row_bytes, x, sums);
+#pragma GCC unroll 4
+    for (int t = 0; t < n_tokens; t++) {
+        vf y_rows = v_sum_rows(v_add(sums[t].low, sums[t].high));
+        v_store_rows(y + t * y_stride, v_add(y_rows, sums[t].offsets));
+    }
+}
+
+V_INLINE void stream_tokens(int type, const struct linear_args *a, const struct stream *s,
+    const uint8_t *w, int64_t row_bytes, struct stream_row x, float *y, int64_t y_stride)
+{
+    int64_t t = 0, n = a->n_in;
+    for (; t + 4 <= a->n_tokens; t += 4)
+        stream_dots(type, 4, n, s, w, row_bytes, later(x, t), y + t * y_stride, y_stride);
+    for (; t + 2 <= a->n_tokens; t += 2)
+        stream_dots(type, 2, n, s, w, row_bytes, later(x, t), y + t * y_stride, y_stride);
+    if (t < a->n_tokens)
+        stream_dots(type, 1, n, s, w, row_bytes, later(x, t), y + t * y_stride, y_stride);
+}
+
+V_INLINE void stream_rows(
+    int type, const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
+{
+    int64_t n = a->n_in, row_bytes = row_offset(type, n);
+    const uint8_t *w = a->w;
+    for (int64_t t = 0; t < a->n_tokens; t++)
+        round_stream(type, a->x + t * n, n, scratch + t * stream_row_bytes(n));
+    struct stream_row x = stream_row_at(scratch, n);
+    struct stream s = stream_of(type, n);
+    if (end - begin < ROWS) { /* ROWS times the same one */
+        float y[GEMV_TOKENS * ROWS];
+        for (int64_t o = begin; o < end; o++) {
+            stream_tokens(type, a, &s, w + o * row_bytes, 0, x, y, ROWS);
+            for (int64_t t = 0; t < a->n_tokens; t++)
+                a->y[t * a->n_out + o] = y[t * ROWS];
+        }
+        return;
+    }
+    for (int64_t o = begin; o < end; o += ROWS) {
+        if (o > end - ROWS)
+            o = end - ROWS; /* some rows once more */
+        for (int64_t at = 0; at < ROWS * row_bytes; at += 64)
+            prefetch_weights(w + o * row_bytes + at);
+        stream_tokens(type, a, &s, w + o * row_bytes, row_bytes, x, a->y + o, a->n_out);
+    }
+}
+
+_Static_assert(
+    (GEMV_TOKENS + 1) * (2 * MAX_ROW + 2 * (MAX_ROW / QUANT_BLOCK) * 4 + 64) <= WORKER_SCRATCH,
+    "rounded rows do not fit a worker's scratch");
 
 /* Calls `what` with the type as a constant. */
 #define BY_QUANTIZED_TYPE(type, what)                                                              \
@@ -237,14 +489,11 @@ V_INLINE void quant_rows(int type, const struct linear_args *a, const struct q8_
 
 static void FN(linear_quant)(const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
-    struct q8_row x[GEMV_TOKENS];
-    int64_t group = scale_group((int)a->type);
-    for (int64_t t = 0; t < a->n_tokens; t++) {
-        x[t] = place_q8_row(scratch, a->n_in, group);
-        scratch += q8_row_bytes(a->n_in, group);
-        FN(quantize_q8)(a->x + t * a->n_in, a->n_in, has_offset((int)a->type), x[t]);
-    }
-#define ROWS(type) quant_rows(type, a, x, scratch, begin, end)
+#define ROWS(type)                                                                                 \
+    if (block_elements(type) == QUANT_BLOCK)                                                       \
+        stream_rows(type, a, scratch, begin, end);                                                 \
+    else                                                                                           \
+        quant_rows(type, a, scratch, begin, end)
     BY_QUANTIZED_TYPE(a->type, ROWS)
 #undef ROWS
 }

@@ -175,9 +175,9 @@ V_INLINE vi v_dot_bytes(vi acc, vi u, vi s)
 V_INLINE vf v_from_i32(vi x) { return _mm256_cvtepi32_ps(x); }
 enum { SIGNED_BIAS = 0 };
 V_INLINE __m256i v_shift_signed(__m256i a) { return a; }
-V_INLINE vi v_dot_shifted(vi a, vi s)
+V_INLINE vi v_dot_shifted(vi acc, vi a, vi s)
 {
-    return v_dot_bytes(v_zero_i(), _mm256_abs_epi8(a), _mm256_sign_epi8(s, a));
+    return v_dot_bytes(acc, _mm256_abs_epi8(a), _mm256_sign_epi8(s, a));
 }
 V_INLINE __m256 v_half(vf a, int high)
 {
@@ -215,4 +215,100 @@ V_INLINE void v_store_i8(int8_t *p, vf x)
     __m128i words =
         _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
+
+/* What the rows of simple blocks need (quant.c): vectors of stored bytes as they stand. */
+
+/* The first n bytes of a vector, an even number above 0: v_load_first gives them and zeros behind, and reads no
+ * others: whole lanes, then two bytes into the lane that `last` leaves of them all. */
+typedef struct {
+    vi whole, last;
+    int64_t last_at;
+} v_first;
+V_INLINE v_first v_first_bytes(int64_t n)
+{
+    vi lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), lanes = _mm256_set1_epi32((int)n / 4);
+    v_first first = {.whole = _mm256_cmpgt_epi32(lanes, lane), .last = _mm256_setzero_si256()};
+    if (n % 4 != 0 && n < 32) {
+        first.last = _mm256_and_si256(_mm256_cmpeq_epi32(lanes, lane), _mm256_set1_epi32(0xFFFF));
+        first.last_at = n - 2;
+    }
+    return first;
+}
+V_INLINE vi v_load_first(const void *p, v_first n)
+{
+    uint16_t last;
+    memcpy(&last, (const char *)p + n.last_at, sizeof last);
+    return _mm256_or_si256(
+        _mm256_maskload_epi32(p, n.whole), _mm256_and_si256(n.last, _mm256_set1_epi32(last)));
+}
+V_INLINE void v_store_bytes(void *p, vi x) { _mm256_storeu_si256(p, x); }
+V_INLINE vi v_set_bytes(int x) { return _mm256_set1_epi8((char)x); }
+V_INLINE vi v_low_nibbles(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+V_INLINE vi v_high_nibbles(vi x) { return v_low_nibbles(_mm256_srli_epi16(x, 4)); }
+V_INLINE vi v_flip_signs(vi x) { return x; } /* as v_shift_signed */
+V_INLINE vi v_same(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+V_INLINE vi v_lookup_bytes(__m128i table, vi at) { return _mm256_shuffle_epi8(v_same(table), at); }
+V_INLINE vi v_sub_i(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+
+/* 16 bytes of each of ROWS rows, and the same 16 bytes for each. */
+V_INLINE vi v_load_rows(const uint8_t *p, int64_t stride)
+{
+    vi x = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_inserti128_si256(x, _mm_loadu_si128((const __m128i *)(p + stride)), 1);
+}
+V_INLINE vi v_load_same(const void *p) { return v_same(_mm_loadu_si128((const __m128i *)p)); }
+V_INLINE void v_store_same(void *p, vi x)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(x));
+}
+/* Numbers of VL blocks, a vector a row, so that those of a block are found together. */
+V_INLINE void v_mix_rows(const vf *x, vf *mixed)
+{
+    mixed[0] = _mm256_unpacklo_ps(x[0], x[1]);
+    mixed[1] = _mm256_unpackhi_ps(x[0], x[1]);
+}
+/* Block b + i's number of each row, in the row's four lanes; at: v_places(b), b a multiple of 4, i below 4. */
+V_INLINE vf v_mixed(const vf *mixed, int i, vi at)
+{
+    vi lane = i % 2 ? _mm256_add_epi32(at, _mm256_set1_epi32(2)) : at;
+    return _mm256_permutevar8x32_ps(mixed[i / 2], lane);
+}
+V_INLINE vi v_places(int64_t b)
+{
+    return _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32((int)b));
+}
+/* The sum of each row's four lanes, in the first of them. */
+V_INLINE vf v_sum_rows(vf x)
+{
+    x = _mm256_add_ps(x, _mm256_permute_ps(x, 0x0E));
+    return _mm256_add_ps(x, _mm256_permute_ps(x, 0x01));
+}
+V_INLINE void v_store_rows(float *y, vf x)
+{
+    __m128 pair = _mm_unpacklo_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    _mm_storel_pi((__m64 *)(void *)y, pair);
+}
+
+/* Two halves of each of some blocks, `stride` bytes apart from p on. Lanes of other blocks mean nothing. */
+V_INLINE vi v_fields(const uint8_t *p, int64_t stride, int64_t blocks, const vi *z, int n, vi at)
+{
+    (void)z, (void)n, (void)at;
+    int32_t w[VL];
+    for (int i = 0; i < VL; i++)
+        memcpy(w + i, p + (i < blocks ? i * stride : 0), sizeof *w);
+    return _mm256_setr_epi32(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]);
+}
+V_INLINE vi v_half_places(int64_t stride)
+{
+    (void)stride;
+    return v_zero_i();
+}
+V_INLINE vf v_first_f16(vi fields) { return v_low_f16(fields); }
+V_INLINE vf v_second_f16(vi fields) { return v_high_f16(fields); }
+/* codes + 16 where the byte of x that `at` names, within its 16, has the bit that is set in `bit`. */
+V_INLINE vi v_add_fifth(vi codes, vi x, vi at, vi bit)
+{
+    vi set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(x, at), bit), bit);
+    return _mm256_or_si256(codes, _mm256_and_si256(set, _mm256_set1_epi8(16)));
 }

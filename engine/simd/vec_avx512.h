@@ -171,7 +171,7 @@ V_INLINE vf v_from_i32(vi x) { return _mm512_cvtepi32_ps(x); }
 /* Signed codes become unsigned by adding SIGNED_BIAS, so that many times the sum of s comes off again. */
 enum { SIGNED_BIAS = 128 };
 V_INLINE __m256i v_shift_signed(__m256i a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
-V_INLINE vi v_dot_shifted(vi u, vi s) { return v_dot_bytes(v_zero_i(), u, s); }
+V_INLINE vi v_dot_shifted(vi acc, vi u, vi s) { return v_dot_bytes(acc, u, s); }
 
 /* Four bytes at each of n places `stride` bytes apart, n <= VL; other lanes zero. */
 V_INLINE vi v_gather_words(const uint8_t *p, int64_t stride, int64_t n)
@@ -193,4 +193,100 @@ V_INLINE vf v_load_twice(const float *p)
 V_INLINE void v_store_i8(int8_t *p, vf x)
 {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+/* What the rows of simple blocks need (quant.c): vectors of stored bytes as they stand. */
+
+/* The first n bytes of a vector, an even number: v_load_first gives them and zeros behind, and reads no others. */
+typedef __mmask64 v_first;
+V_INLINE v_first v_first_bytes(int64_t n)
+{
+    return n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1;
+}
+V_INLINE vi v_load_first(const void *p, v_first n) { return _mm512_maskz_loadu_epi8(n, p); }
+V_INLINE void v_store_bytes(void *p, vi x) { _mm512_storeu_si512(p, x); }
+V_INLINE vi v_set_bytes(int x) { return _mm512_set1_epi8((char)x); }
+V_INLINE vi v_low_nibbles(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+V_INLINE vi v_high_nibbles(vi x) { return v_low_nibbles(_mm512_srli_epi16(x, 4)); }
+V_INLINE vi v_flip_signs(vi x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+V_INLINE vi v_same(__m128i x) { return _mm512_broadcast_i32x4(x); }
+V_INLINE vi v_lookup_bytes(__m128i table, vi at) { return _mm512_shuffle_epi8(v_same(table), at); }
+V_INLINE vi v_sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+
+/* 16 bytes of each of ROWS rows, and the same 16 bytes for each. */
+V_INLINE vi v_load_rows(const uint8_t *p, int64_t stride)
+{
+    vi x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(p + stride)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(p + 2 * stride)), 2);
+    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(p + 3 * stride)), 3);
+}
+V_INLINE vi v_load_same(const void *p) { return v_same(_mm_loadu_si128((const __m128i *)p)); }
+V_INLINE void v_store_same(void *p, vi x)
+{
+    _mm_storeu_si128((__m128i *)p, _mm512_castsi512_si128(x));
+}
+/* Numbers of VL blocks, a vector a row, so that those of a block are found together. */
+V_INLINE void v_mix_rows(const vf *x, vf *mixed)
+{
+    vf a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+    vf c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    mixed[0] = _mm512_shuffle_ps(a, c, 0x44);
+    mixed[1] = _mm512_shuffle_ps(a, c, 0xEE);
+    mixed[2] = _mm512_shuffle_ps(b, d, 0x44);
+    mixed[3] = _mm512_shuffle_ps(b, d, 0xEE);
+}
+/* Block b + i's number of each row, in the row's four lanes; at: v_places(b), b a multiple of 4, i below 4. */
+V_INLINE vf v_mixed(const vf *mixed, int i, vi at) { return _mm512_permutexvar_ps(at, mixed[i]); }
+V_INLINE vi v_places(int64_t b)
+{
+    const vi row = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_add_epi32(row, _mm512_set1_epi32((int)b));
+}
+/* The sum of each row's four lanes, in the first of them. */
+V_INLINE vf v_sum_rows(vf x)
+{
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x0E));
+    return _mm512_add_ps(x, _mm512_permute_ps(x, 0x01));
+}
+V_INLINE void v_store_rows(float *y, vf x)
+{
+    const vi first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(y, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, x)));
+}
+
+/* Two halves of each of some blocks, `stride` bytes apart from p on, which lie in n vectors z; at: their places. Lanes
+ * of other blocks mean nothing. */
+V_INLINE vi v_fields(const uint8_t *p, int64_t stride, int64_t blocks, const vi *z, int n, vi at)
+{
+    (void)p, (void)stride, (void)blocks;
+    vi found = v_zero_i(), group = _mm512_srli_epi16(at, 6);
+#pragma GCC unroll 5
+    for (int i = 0; i < n; i += 2) {
+        __mmask32 here = _mm512_cmpeq_epi16_mask(group, _mm512_set1_epi16((short)(i / 2)));
+        vi next = i + 1 < n ? z[i + 1] : v_zero_i();
+        found = _mm512_or_si512(found, _mm512_maskz_permutex2var_epi16(here, z[i], at, next));
+    }
+    return found;
+}
+/* Places of the halves at p: the first ones of all blocks, then the second ones. */
+V_INLINE vi v_half_places(int64_t stride)
+{
+    uint16_t at[2 * VL];
+    for (int i = 0; i < VL; i++) {
+        at[i] = (uint16_t)(i * stride / 2);
+        at[i + VL] = (uint16_t)(at[i] + 1);
+    }
+    return v_load_bytes(at);
+}
+V_INLINE vf v_first_f16(vi fields) { return _mm512_cvtph_ps(_mm512_castsi512_si256(fields)); }
+V_INLINE vf v_second_f16(vi fields)
+{
+    return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(fields, 1));
+}
+/* codes + 16 where the byte of x that `at` names, within its 16, has the bit that is set in `bit`. */
+V_INLINE vi v_add_fifth(vi codes, vi x, vi at, vi bit)
+{
+    __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(x, at), bit);
+    return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16));
 }
