@@ -110,8 +110,8 @@ class OpTimes:
         self.pairs = False
         self._ops: dict[str, _Op] = {}
 
-    def add(self, graph: Graph, *, counted: bool = True) -> None:
-        """Add a graph's times since its `measure`; `counted`: its runs are runs of the whole."""
+    def add(self, graph: Graph, *, counted: bool = True, runs_a_whole: int = 1) -> None:
+        """Add a graph's times since its `measure`; `counted`: so many runs are one of the whole."""
         if not graph.n_runs:
             return
         seconds = 0.0
@@ -124,7 +124,7 @@ class OpTimes:
             seconds += spent
         self.seconds += seconds
         self.waited_seconds += seconds * graph.waited
-        self.n_runs += graph.n_runs * counted
+        self.n_runs += graph.n_runs // runs_a_whole * counted
         self.pairs = self.pairs or graph.pairs
 
     @property

@@ -4,12 +4,12 @@
 /* Sum of squares: each square rounded to float, the sum in double. */
 static double FN(sum_squares)(const float *x, int64_t n)
 {
-    double sum = 0;
+    vd sum = v_zero_double();
     for (int64_t i = 0; i < n; i += VL) {
-        vf v = v_load_n(x + i, n - i < VL ? n - i : VL);
-        sum += v_sum_double(v_mul(v, v));
+        vf v = v_load_some(x + i, n - i < VL ? n - i : VL);
+        sum = v_add_double(sum, v_mul(v, v));
     }
-    return sum;
+    return v_sum_double(sum);
 }
 
 /* Parts do not depend on the workers, so neither does their sum. */
@@ -32,16 +32,16 @@ static void FN(adamw_run)(const struct adamw_args *a, int64_t begin, int64_t end
     vf clip = v_set1(a->now->clip), step = v_set1(a->now->step);
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        vf g = v_mul(v_load_n(a->g + i, lanes), clip);
-        vf m = v_add(v_mul(keep1, v_load_n(a->m + i, lanes)), v_mul(new1, g));
-        vf v = v_add(v_mul(keep2, v_load_n(a->v + i, lanes)), v_mul(v_mul(new2, g), g));
+        vf g = v_mul(v_load_some(a->g + i, lanes), clip);
+        vf m = v_add(v_mul(keep1, v_load_some(a->m + i, lanes)), v_mul(new1, g));
+        vf v = v_add(v_mul(keep2, v_load_some(a->v + i, lanes)), v_mul(v_mul(new2, g), g));
         vf root = v_add(v_sqrt(v_mul(v, v_set1(a->now->correction))), v_set1(1e-8f));
-        vf x = v_mul(v_load_n(a->x + i, lanes), v_set1(shrink));
+        vf x = v_mul(v_load_some(a->x + i, lanes), v_set1(shrink));
         x = v_sub(x, v_div(v_mul(m, step), root));
-        v_store_n(a->x + i, x, lanes);
-        v_store_n(a->m + i, m, lanes);
-        v_store_n(a->v + i, v, lanes);
-        v_store_n(a->g + i, v_zero(), lanes);
+        v_store_some(a->x + i, x, lanes);
+        v_store_some(a->m + i, m, lanes);
+        v_store_some(a->v + i, v, lanes);
+        v_store_some(a->g + i, v_zero(), lanes);
     }
 }
 

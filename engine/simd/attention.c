@@ -83,7 +83,7 @@ static void FN(join_parts)(
             const float *p = part + i * stride;
             total = v_fma(v_set1(expf(p[0] - top)), v_load(p + 2 + c), total);
         }
-        v_store_n(out + c, v_mul(total, v_set1(1.0f / sum)), d - c < VL ? d - c : VL);
+        v_store_some(out + c, v_mul(total, v_set1(1.0f / sum)), d - c < VL ? d - c : VL);
     }
     if (lse)
         *lse = top + logf(sum);

@@ -122,11 +122,9 @@ static void FP(linear_gemm)(const struct linear_args *a, const struct worker *wo
     PP(matrix_begin)();
     int64_t chunk = PP(chunk_tokens)(a);
     for (int64_t t = 0; t < a->n_tokens; t += chunk) {
-        int64_t t1 = t + chunk < a->n_tokens ? t + chunk : a->n_tokens;
-        for (int64_t o = begin; o < end; o += PP(chunk_rows)) {
-            int64_t rows = at_most(end - o, PP(chunk_rows));
-            FP(chunk_product)(a, o, rows, t, t1, &out, buffer);
-        }
+        int64_t t1 = t + at_most(a->n_tokens - t, chunk);
+        for (int64_t o = begin; o < end; o += PP(chunk_rows))
+            FP(chunk_product)(a, o, at_most(end - o, PP(chunk_rows)), t, t1, &out, buffer);
     }
     FN(turn_rest)(&out.leaving);
     PP(matrix_end)();
@@ -162,7 +160,7 @@ static void FP(gated)(const struct feed_forward_args *f, const struct worker *wo
     PP(matrix_begin)();
     int64_t chunk = PP(chunk_tokens)(&f->gate), n_tokens = f->gate.n_tokens;
     for (int64_t t = 0; t < n_tokens; t += chunk) {
-        int64_t t1 = t + chunk < n_tokens ? t + chunk : n_tokens;
+        int64_t t1 = t + at_most(n_tokens - t, chunk);
         for (int64_t o = begin; o < end; o += PP(gated_rows)) {
             int64_t rows = at_most(end - o, PP(gated_rows));
             gate.first = up.first = 0;
@@ -176,6 +174,17 @@ static void FP(gated)(const struct feed_forward_args *f, const struct worker *wo
     PP(matrix_end)();
 }
 
+/* A step of n columns in panels, from rows as they are stored. */
+V_INLINE void FP(store_panels)(const ELEM *const *row, int64_t n, int64_t steps, LANE *dst)
+{
+    for (int64_t j = 0; j < n; j += TILE_LANES) {
+        const ELEM *part[STEP];
+        for (int64_t i = 0; i < STEP; i++)
+            part[i] = row[i] + j;
+        PP(interleave_stored)(part, at_most(n - j, TILE_LANES), dst + j * steps);
+    }
+}
+
 /* Columns first ... first + n of rows o ... o + rows of W, in panels of TILE_LANES columns: [panel][step][lane]. */
 static void FP(weight_panels)(const struct linear_back_args *a, int64_t o, int64_t rows,
     int64_t first, int64_t n, LANE *panels)
@@ -183,37 +192,46 @@ static void FP(weight_panels)(const struct linear_back_args *a, int64_t o, int64
     int type = (int)a->type;
     int64_t row_bytes = row_offset(type, a->n_in), steps = (rows + STEP - 1) / STEP;
     const char *w = (const char *)a->w + o * row_bytes + row_offset(type, first);
+    int stored = PP(stored_as_row)(type, w) && n % VL == 0;
     float segment[STEP][BACK_COLUMNS + VL];
     memset(segment, 0, sizeof segment);
-    for (int64_t l = 0; l < rows; l += STEP) {
+    for (int64_t l = 0; l < rows; l += STEP, w += STEP * row_bytes) {
+        LANE *dst = panels + l / STEP * TILE_LANES;
+        if (stored && l + STEP <= rows) {
+            const ELEM *row[STEP];
+            for (int64_t i = 0; i < STEP; i++)
+                row[i] = (const ELEM *)(const void *)(w + i * row_bytes);
+            FP(store_panels)(row, n, steps, dst);
+            continue;
+        }
         for (int64_t i = 0; i < STEP; i++) {
             if (l + i < rows)
-                FN(decode_row)(type, w + (l + i) * row_bytes, n, segment[i]);
+                FN(decode_row)(type, w + i * row_bytes, n, segment[i]);
             else
                 memset(segment[i], 0, sizeof segment[i]);
         }
-        for (int64_t j = 0; j < n; j += TILE_LANES) {
-            int64_t lanes = n - j < TILE_LANES ? padded(n - j) : TILE_LANES;
-            LANE *dst = panels + j * steps + l / STEP * TILE_LANES;
-            PP(interleave)(segment[0] + j, BACK_COLUMNS + VL, lanes, dst);
-        }
+        for (int64_t j = 0; j < n; j += TILE_LANES)
+            PP(interleave)(segment[0] + j, BACK_COLUMNS + VL, at_most(padded(n - j), TILE_LANES),
+                dst + j * steps);
     }
 }
 
-/* dx for one panel of columns and all tokens: into place when the lanes are whole, else by way of a buffer. */
+/* dx for one panel of columns and some tokens: into place when the lanes are whole, else by way of a buffer. */
 static void FP(back_panel)(const struct linear_back_args *a, const ELEM *dy, int64_t stride,
-    int64_t steps, const LANE *panel, int64_t col, int64_t cols, int accumulate)
+    int64_t steps, const LANE *panel, int64_t t0, int64_t n_tokens, int64_t col, int64_t cols,
+    int accumulate)
 {
     enum { TOKENS = 16 };
+    float *rows = a->dx + t0 * a->n_in + col;
     if (cols % VL == 0) {
-        FP(block_product)(a->n_tokens, cols, steps, dy, stride, panel, TILE_LANES, a->dx + col,
-            a->n_in, accumulate, NULL);
+        FP(block_product)(
+            n_tokens, cols, steps, dy, stride, panel, TILE_LANES, rows, a->n_in, accumulate, NULL);
         return;
     }
     float edge[TOKENS * TILE_LANES];
-    for (int64_t t = 0; t < a->n_tokens; t += TOKENS) {
-        int64_t tokens = a->n_tokens - t < TOKENS ? a->n_tokens - t : TOKENS;
-        float *dx = a->dx + t * a->n_in + col;
+    for (int64_t t = 0; t < n_tokens; t += TOKENS) {
+        int64_t tokens = at_most(n_tokens - t, TOKENS);
+        float *dx = rows + t * a->n_in;
         for (int64_t i = 0; accumulate && i < tokens; i++)
             memcpy(edge + i * TILE_LANES, dx + i * a->n_in, (size_t)cols * sizeof *dx);
         FP(block_product)(tokens, cols, steps, dy + t * stride, stride, panel, TILE_LANES, edge,
@@ -243,24 +261,34 @@ static const ELEM *FP(gradient_rows)(
     return rows;
 }
 
+/* Length of n's parts that are about equal, multiples of grain and no longer than `most`. */
+V_INLINE int64_t PP(equal_part)(int64_t n, int64_t most, int64_t grain)
+{
+    int64_t longest = most / grain * grain, parts = (n + longest - 1) / longest;
+    return parts == 0 ? longest : ((n + parts - 1) / parts + grain - 1) / grain * grain;
+}
+
 static void FP(linear_back_gemm)(const struct linear_back_args *a, const struct worker *worker)
 {
     LANE *panels = (LANE *)(void *)worker->scratch;
-    int64_t begin, end, stride, grain = block_elements((int)a->type);
+    int64_t begin, end, stride, block = block_elements((int)a->type),
+                                grain = block < 32 ? 32 : block;
     const ELEM *dy = FP(gradient_rows)(a, worker, &stride);
-    worker_range(worker, a->n_in, grain < 32 ? 32 : grain, &begin, &end);
+    worker_range(worker, a->n_in, grain, &begin, &end);
+    int64_t width =
+        PP(equal_part)(end - begin, BACK_COLUMNS, grain < TILE_LANES ? TILE_LANES : grain);
+    int64_t depth = PP(equal_part)(a->n_out, PP(back_depth), 32);
     PP(matrix_begin)();
-    for (int64_t col = begin; col < end; col += BACK_COLUMNS) {
-        int64_t cols = end - col < BACK_COLUMNS ? end - col : BACK_COLUMNS;
-        for (int64_t o = 0; o < a->n_out; o += PP(back_depth)) {
-            int64_t rows = a->n_out - o < PP(back_depth) ? a->n_out - o : PP(back_depth);
-            int64_t steps = (rows + STEP - 1) / STEP;
+    for (int64_t col = begin; col < end; col += width) {
+        int64_t cols = at_most(end - col, width);
+        for (int64_t o = 0; o < a->n_out; o += depth) {
+            int64_t rows = at_most(a->n_out - o, depth), steps = (rows + STEP - 1) / STEP;
             FP(weight_panels)(a, o, rows, col, cols, panels);
-            for (int64_t j = 0; j < cols; j += TILE_LANES) {
-                int64_t width = cols - j < TILE_LANES ? cols - j : TILE_LANES;
-                FP(back_panel)(a, dy + o, stride, steps, panels + j * steps, col + j, width,
-                    o > 0 || a->accumulate);
-            }
+            for (int64_t t = 0; t < a->n_tokens; t += BACK_TOKENS)
+                for (int64_t j = 0; j < cols; j += TILE_LANES)
+                    FP(back_panel)(a, dy + t * stride + o, stride, steps, panels + j * steps, t,
+                        at_most(a->n_tokens - t, BACK_TOKENS), col + j,
+                        at_most(cols - j, TILE_LANES), o > 0 || a->accumulate);
         }
     }
     PP(matrix_end)();

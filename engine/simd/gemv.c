@@ -43,7 +43,7 @@ V_INLINE float float_dot(int type, const char *w, int64_t n, const float *x)
     if (i < n) {
         float tail[VL];
         FN(decode_row)(type, w + i * size, n - i, tail);
-        s1 = v_fma(v_load_n(tail, n - i), v_load_n(x + i, n - i), s1);
+        s1 = v_fma(v_load_some(tail, n - i), v_load_some(x + i, n - i), s1);
     }
     return v_sum(v_add(v_add(s0, s1), v_add(s2, s3)));
 }
@@ -147,8 +147,8 @@ static void FN(gated_few)(const struct feed_forward_args *f, const struct worker
         for (int64_t o = begin; o < end; o += VL) {
             int64_t lanes = end - o < VL ? end - o : VL;
             float *y = f->gate.y + t * n + o;
-            v_store_n(
-                y, v_silu_mul(v_load_n(y, lanes), v_load_n(f->up.y + t * n + o, lanes)), lanes);
+            v_store_some(y,
+                v_silu_mul(v_load_some(y, lanes), v_load_some(f->up.y + t * n + o, lanes)), lanes);
         }
 }
 

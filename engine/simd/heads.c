@@ -49,7 +49,7 @@ static void FN(load_queries)(const struct query_block *b, const float *src, int6
         const float *x = src + query_offset(b, n_query, n_head, dim, first + i);
         for (int64_t j = 0; j < stride; j += VL) {
             int64_t lanes = dim - j < 0 ? 0 : dim - j < VL ? dim - j : VL;
-            v_store(dst + j, v_mul(v_set1(scale), v_load_n(x + j, lanes)));
+            v_store(dst + j, v_mul(v_set1(scale), v_load_some(x + j, lanes)));
         }
     }
 }

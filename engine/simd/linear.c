@@ -6,10 +6,10 @@ enum {
     LINE_STEPS = 16,                               /* steps of a reduction in a line of 64 bytes */
     CHUNK_TOKENS = 512,                            /* tokens worked on at a time: whole panels */
     RESULT_PANELS = CHUNK_TOKENS / TILE_LANES + 1, /* those of a chunk, and one that is leaving */
-    BLOCKS_A_TILE = 2, /* turned between two tiles; a panel has fewer than two a tile */
-    LONG_DEPTH = 512,  /* part of a reduction of bf16 that is longer than one part */
-    BACK_COLUMNS =
-        256, /* columns of W decoded at a time on the way back: whole blocks of every type */
+    BLOCKS_A_TILE = 2,  /* turned between two tiles; a panel has fewer than two a tile */
+    LONG_DEPTH = 512,   /* part of a reduction of bf16 that is longer than one part */
+    BACK_COLUMNS = 320, /* columns of W decoded at a time on the way back, at most */
+    BACK_TOKENS = 96,   /* tokens that meet them at a time: whole register and matrix tiles */
 };
 
 _Static_assert(
@@ -58,8 +58,7 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
 V_INLINE int is_finished(const struct linear_args *a) { return a->rank == 0 && !a->base; }
 
 /* y[t][first + o] for o < n, tokens t0 ... t1, from the products: the adapter's comes on top, then the base. `sums`,
- * a row a token, may be y's own. Whole vectors are not masked: a masked load of what was just stored waits for the
- * cache. */
+ * a row a token, may be y's own. */
 V_INLINE void finish_lanes(const struct linear_args *a, int64_t t, int64_t o, int64_t lanes, vf sum)
 {
     int64_t at = t * a->n_out + o;
@@ -69,22 +68,17 @@ V_INLINE void finish_lanes(const struct linear_args *a, int64_t t, int64_t o, in
     }
     if (a->base)
         sum = v_add(v_load_some(a->base + at, lanes), sum);
-    if (lanes == VL)
-        v_store(a->y + at, sum);
-    else
-        v_store_n(a->y + at, sum, lanes);
+    v_store_some(a->y + at, sum, lanes);
 }
 
 static void FN(finish_rows)(const struct linear_args *a, int64_t t0, int64_t t1, int64_t first,
     int64_t n, const float *sums, int64_t stride)
 {
-    for (int64_t t = t0; t < t1; t++, sums += stride) {
-        int64_t o = 0;
-        for (; o + VL <= n; o += VL)
-            finish_lanes(a, t, first + o, VL, v_load(sums + o));
-        if (o < n)
-            finish_lanes(a, t, first + o, n - o, v_load_n(sums + o, n - o));
-    }
+    for (int64_t t = t0; t < t1; t++, sums += stride)
+        for (int64_t o = 0; o < n; o += VL) {
+            int64_t lanes = at_most(n - o, VL);
+            finish_lanes(a, t, first + o, lanes, v_load_some(sums + o, lanes));
+        }
 }
 
 /* A panel of results, rows of outputs with tokens along the lanes, on its way to rows of y. It is turned a block of

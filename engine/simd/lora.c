@@ -2,94 +2,179 @@
  * long as the weight's), so that lanes run along the long side in every one of them.
  * Bound: the activations' bytes, and 2 n_tokens n_cols rank FLOPs. */
 
+enum { DOWN_RANKS = 4, DOWN_SUMS = 4 };
+
+/* Dots of one row of x with DOWN_RANKS rows of m, x loaded once: the sums of v_dot, bit by bit. */
+V_INLINE void dot_ranks(const float *x, const float *m, int64_t n, float *dots)
+{
+    vf sum[DOWN_RANKS][DOWN_SUMS];
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < DOWN_RANKS; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < DOWN_SUMS; j++)
+            sum[r][j] = v_zero();
+    for (; i + DOWN_SUMS * VL <= n; i += DOWN_SUMS * VL)
+#pragma GCC unroll 4
+        for (int j = 0; j < DOWN_SUMS; j++) {
+            vf row = v_load(x + i + j * VL);
+#pragma GCC unroll 4
+            for (int r = 0; r < DOWN_RANKS; r++)
+                sum[r][j] = v_fma(row, v_load(m + r * n + i + j * VL), sum[r][j]);
+        }
+    for (; i + VL <= n; i += VL)
+#pragma GCC unroll 4
+        for (int r = 0; r < DOWN_RANKS; r++)
+            sum[r][0] = v_fma(v_load(x + i), v_load(m + r * n + i), sum[r][0]);
+    if (i < n)
+#pragma GCC unroll 4
+        for (int r = 0; r < DOWN_RANKS; r++)
+            sum[r][1] =
+                v_fma(v_load_some(x + i, n - i), v_load_some(m + r * n + i, n - i), sum[r][1]);
+#pragma GCC unroll 4
+    for (int r = 0; r < DOWN_RANKS; r++)
+        dots[r] = v_sum(v_add(v_add(sum[r][0], sum[r][1]), v_add(sum[r][2], sum[r][3])));
+}
+
 static void FN(lora_down)(const void *p, const struct worker *worker)
 {
     const struct lora_down_args *a = p;
     int64_t begin, end;
-    worker_range(worker, a->n_tokens * a->rank, 1, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        const float *x = a->x + i / a->rank * a->n_cols, *m = a->m + i % a->rank * a->n_cols;
-        float sum = a->scale * v_dot(x, m, a->n_cols);
-        a->u[i] = a->accumulate ? a->u[i] + sum : sum;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = a->x + t * a->n_cols;
+        float *u = a->u + t * a->rank, dots[DOWN_RANKS];
+        for (int64_t r = 0, n; r < a->rank; r += n) {
+            const float *m = a->m + r * a->n_cols;
+            n = a->rank - r < DOWN_RANKS ? 1 : DOWN_RANKS;
+            if (n == 1)
+                dots[0] = v_dot(x, m, a->n_cols);
+            else
+                dot_ranks(x, m, a->n_cols, dots);
+            for (int64_t i = 0; i < n; i++)
+                u[r + i] = a->accumulate ? u[r + i] + a->scale * dots[i] : a->scale * dots[i];
+        }
     }
+}
+
+enum { UP_COLUMNS = 64 };
+
+/* UP_COLUMNS of a row, whose sums stay in registers. */
+V_INLINE void up_block(const struct lora_up_args *a, int64_t t, int64_t first)
+{
+    vf sum[UP_COLUMNS / VL];
+    int64_t at = t * a->n_cols + first;
+#pragma GCC unroll 8
+    for (int j = 0; j < UP_COLUMNS / VL; j++)
+        sum[j] = a->base ? v_load(a->base + at + j * VL) : v_zero();
+    for (int64_t r = 0; r < a->rank; r++) {
+        vf u = v_set1(a->scale * a->u[t * a->rank + r]);
+#pragma GCC unroll 8
+        for (int j = 0; j < UP_COLUMNS / VL; j++)
+            sum[j] = v_fma(u, v_load(a->m + r * a->n_cols + first + j * VL), sum[j]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < UP_COLUMNS / VL; j++)
+        v_store(a->y + at + j * VL, sum[j]);
 }
 
 static void FN(lora_up)(const void *p, const struct worker *worker)
 {
-    enum { COLUMNS = 64 };
+    enum { COLUMNS = UP_COLUMNS };
     const struct lora_up_args *a = p;
     int64_t begin, end, blocks = (a->n_cols + COLUMNS - 1) / COLUMNS;
     worker_range(worker, a->n_tokens * blocks, 1, &begin, &end);
     for (int64_t k = begin; k < end; k++) {
         int64_t t = k / blocks, first = k % blocks * COLUMNS;
         int64_t last = first + COLUMNS < a->n_cols ? first + COLUMNS : a->n_cols;
-        for (int64_t i = first; i < last; i += VL) {
+        int64_t i = first, at = t * a->n_cols;
+        if (last - first == COLUMNS) {
+            up_block(a, t, first);
+            continue;
+        }
+        for (; i < last; i += VL) {
             int64_t lanes = last - i < VL ? last - i : VL;
-            vf sum = a->base ? v_load_n(a->base + t * a->n_cols + i, lanes) : v_zero();
+            vf sum = a->base ? v_load_some(a->base + at + i, lanes) : v_zero();
             for (int64_t r = 0; r < a->rank; r++) {
                 vf u = v_set1(a->scale * a->u[t * a->rank + r]);
-                sum = v_fma(u, v_load_n(a->m + r * a->n_cols + i, lanes), sum);
+                sum = v_fma(u, v_load_some(a->m + r * a->n_cols + i, lanes), sum);
             }
-            v_store_n(a->y + t * a->n_cols + i, sum, lanes);
+            v_store_some(a->y + at + i, sum, lanes);
         }
     }
 }
 
-enum { OUTER_RANKS = 4, OUTER_VECS = 4 };
+enum { OUTER_RANKS = 4, OUTER_VECS = 4, OUTER_SPAN = 1024, OUTER_TOKENS = 16 };
 
-/* Columns i ... i + vecs VL of `ranks` rows of g: a load of x serves them all, and a column's sum runs over the
- * tokens in order. Called with constants, so that the sums stay in registers. */
-V_INLINE void outer_block(const struct lora_outer_args *a, const int ranks, const int vecs,
-    int64_t first, int64_t i, int64_t lanes)
+/* sums[r][c] += sum over tokens of u[t][r] x[t][c] for some ranks and `vecs` VL columns: a load of x serves all ranks,
+ * and a column's sum runs over the tokens in order. Called with constants, so that sums stay in registers. */
+V_INLINE void outer_block(const int ranks, const int vecs, int64_t n_tokens, const float *x,
+    int64_t x_stride, const float *u, int64_t u_stride, int64_t lanes, float *sums)
 {
-    vf sum[OUTER_RANKS][OUTER_VECS], scale = v_set1(a->scale);
+    vf sum[OUTER_RANKS][OUTER_VECS];
 #pragma GCC unroll 4
     for (int r = 0; r < ranks; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < vecs; j++)
-            sum[r][j] = v_zero();
-    for (int64_t t = 0; t < a->n_tokens; t++) {
-        const float *x = a->x + t * a->n_cols + i, *u = a->u + t * a->rank + first;
+            sum[r][j] = v_load(sums + r * OUTER_SPAN + j * VL);
+    for (int64_t t = 0; t < n_tokens; t++, x += x_stride, u += u_stride) {
         vf row[OUTER_VECS];
 #pragma GCC unroll 4
         for (int j = 0; j < vecs; j++)
-            row[j] = vecs == 1 ? v_load_n(x, lanes) : v_load(x + j * VL);
+            row[j] = vecs == 1 ? v_load_some(x, lanes) : v_load(x + j * VL);
 #pragma GCC unroll 4
         for (int r = 0; r < ranks; r++)
 #pragma GCC unroll 4
             for (int j = 0; j < vecs; j++)
                 sum[r][j] = v_fma(v_set1(u[r]), row[j], sum[r][j]);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < ranks; r++)
-        for (int j = 0; j < vecs; j++) {
-            float *g = a->g + (first + r) * a->n_cols + i + j * VL;
-            int64_t n = vecs == 1 ? lanes : VL;
-            v_store_n(g, v_fma(scale, sum[r][j], v_load_n(g, n)), n);
-        }
+#pragma GCC unroll 4
+        for (int j = 0; j < vecs; j++)
+            v_store(sums + r * OUTER_SPAN + j * VL, sum[r][j]);
+}
+
+/* `ranks` rows of sums over all tokens for n columns from `first` on: rows of x come in order, some at a time. */
+V_INLINE void outer_sums(const struct lora_outer_args *a, const int ranks, int64_t rank,
+    int64_t first, int64_t n, float *sums)
+{
+    const int64_t wide = OUTER_VECS * VL;
+    memset(sums, 0, (size_t)(ranks * OUTER_SPAN) * sizeof *sums);
+    for (int64_t t = 0; t < a->n_tokens; t += OUTER_TOKENS) {
+        int64_t i = 0, tokens = a->n_tokens - t < OUTER_TOKENS ? a->n_tokens - t : OUTER_TOKENS;
+        const float *x = a->x + t * a->n_cols + first, *u = a->u + t * a->rank + rank;
+        for (; i + wide <= n; i += wide)
+            outer_block(ranks, OUTER_VECS, tokens, x + i, a->n_cols, u, a->rank, VL, sums + i);
+        for (; i < n; i += VL)
+            outer_block(
+                ranks, 1, tokens, x + i, a->n_cols, u, a->rank, n - i < VL ? n - i : VL, sums + i);
+    }
 }
 
 static void FN(lora_outer)(const void *p, const struct worker *worker)
 {
     const struct lora_outer_args *a = p;
-    int64_t begin, end, wide = OUTER_VECS * VL;
-    worker_range(worker, a->n_cols, wide, &begin, &end);
-    for (int64_t r = 0; r < a->rank;) {
-        int ranks = a->rank - r >= OUTER_RANKS ? OUTER_RANKS : 1;
-        int64_t i = begin;
-        for (; i + wide <= end; i += wide) {
-            if (ranks == OUTER_RANKS)
-                outer_block(a, OUTER_RANKS, OUTER_VECS, r, i, VL);
+    float *sums = (float *)(void *)worker->scratch;
+    int64_t begin, end, ranks;
+    vf scale = v_set1(a->scale);
+    worker_range(worker, a->n_cols, OUTER_VECS * VL, &begin, &end);
+    for (int64_t first = begin; first < end; first += OUTER_SPAN) {
+        int64_t n = end - first < OUTER_SPAN ? end - first : OUTER_SPAN;
+        for (int64_t rank = 0; rank < a->rank; rank += ranks) {
+            ranks = a->rank - rank < OUTER_RANKS ? 1 : OUTER_RANKS;
+            if (ranks == 1)
+                outer_sums(a, 1, rank, first, n, sums);
             else
-                outer_block(a, 1, OUTER_VECS, r, i, VL);
+                outer_sums(a, OUTER_RANKS, rank, first, n, sums);
+            for (int64_t r = 0; r < ranks; r++)
+                for (int64_t i = 0; i < n; i += VL) {
+                    float *g = a->g + (rank + r) * a->n_cols + first + i;
+                    int64_t lanes = n - i < VL ? n - i : VL;
+                    vf sum = v_load(sums + r * OUTER_SPAN + i);
+                    v_store_some(g, v_fma(scale, sum, v_load_some(g, lanes)), lanes);
+                }
         }
-        for (; i < end; i += VL) {
-            int64_t lanes = end - i < VL ? end - i : VL;
-            if (ranks == OUTER_RANKS)
-                outer_block(a, OUTER_RANKS, 1, r, i, lanes);
-            else
-                outer_block(a, 1, 1, r, i, lanes);
-        }
-        r += ranks;
     }
 }
 

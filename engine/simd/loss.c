@@ -17,22 +17,22 @@ static void FN(cross_entropy)(const void *p, const struct worker *worker)
         vf top = v_set1(-INFINITY);
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            top = v_max(top, v_blend_n(v_load_n(x + i, lanes), top, lanes));
+            top = v_max(top, v_blend_n(v_load_some(x + i, lanes), top, lanes));
         }
         float largest = v_max_lane(top);
-        double sum = 0; /* the divisor is summed in double */
+        vd sum = v_zero_double(); /* the divisor is summed in double */
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            vf e = v_keep_n(v_exp(v_sub(v_load_n(x + i, lanes), v_set1(largest))), lanes);
-            v_store_n(x + i, e, lanes);
-            sum += v_sum_double(e);
+            vf e = v_keep_n(v_exp(v_sub(v_load_some(x + i, lanes), v_set1(largest))), lanes);
+            v_store_some(x + i, e, lanes);
+            sum = v_add_double(sum, e);
         }
-        float inverse = (float)(1.0 / sum), weight = *a->weight;
+        float inverse = (float)(1.0 / v_sum_double(sum)), weight = *a->weight;
         a->loss[t] = -logf((1.0f - eps) * (x[target] * inverse) + eps);
         vf scale = v_set1((1.0f - eps) * inverse * weight), floor = v_set1(eps * weight);
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            v_store_n(x + i, v_fma(v_load_n(x + i, lanes), scale, floor), lanes);
+            v_store_some(x + i, v_fma(v_load_some(x + i, lanes), scale, floor), lanes);
         }
         x[target] -= weight;
     }

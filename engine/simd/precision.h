@@ -56,6 +56,12 @@ V_INLINE void interleave_f32(const float *rows, int64_t stride, int64_t n, float
     memcpy(lanes, rows, (size_t)n * sizeof *lanes);
 }
 
+/* The same from rows that are stored as elements, `rows` of STEP. */
+V_INLINE void interleave_stored_f32(const float *const *rows, int64_t n, float *lanes)
+{
+    memcpy(lanes, rows[0], (size_t)n * sizeof *lanes);
+}
+
 /* Two neighbours of the reduction, at p and the step after it. */
 V_INLINE void v_store_two_f32(float *p, int64_t stride, vf a, vf b)
 {
@@ -121,6 +127,18 @@ V_INLINE void interleave_bf16(const float *rows, int64_t stride, int64_t n, uint
 {
     for (int64_t j = 0; j < n; j += VL)
         _mm512_storeu_si512(lanes + j, v_pair(v_load(rows + j), v_load(rows + stride + j)));
+}
+
+V_INLINE void interleave_stored_bf16(const uint16_t *const *rows, int64_t n, uint32_t *lanes)
+{
+    int64_t j = 0;
+    for (; j + VL <= n; j += VL) {
+        vi even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(rows[0] + j)));
+        vi odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(rows[1] + j)));
+        _mm512_storeu_si512(lanes + j, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+    for (; j < n; j++)
+        lanes[j] = rows[0][j] | (uint32_t)rows[1][j] << 16;
 }
 
 V_INLINE void v_store_two_bf16(uint32_t *p, int64_t stride, vf a, vf b)

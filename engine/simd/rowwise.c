@@ -8,17 +8,17 @@ static void FN(rms_norm)(const void *p, const struct worker *worker)
     for (int64_t t = begin; t < end; t++) {
         const float *x = a->x + t * n;
         float *y = a->y + t * n;
-        double sum = 0; /* squares are added in double, a vector at a time */
+        vd sum = v_zero_double(); /* squares are added in double */
         for (int64_t i = 0; i < n; i += VL) {
-            vf v = v_load_n(x + i, n - i < VL ? n - i : VL);
-            sum += v_sum_double(v_mul(v, v));
+            vf v = v_load_some(x + i, n - i < VL ? n - i : VL);
+            sum = v_add_double(sum, v_mul(v, v));
         }
-        float inverse = 1.0f / sqrtf((float)(sum / (double)n) + a->eps);
+        float inverse = 1.0f / sqrtf((float)(v_sum_double(sum) / (double)n) + a->eps);
         a->inv[t] = inverse;
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            vf v = v_mul(v_load_n(x + i, lanes), v_set1(inverse));
-            v_store_n(y + i, v_mul(v, v_load_n(a->w + i, lanes)), lanes);
+            vf v = v_mul(v_load_some(x + i, lanes), v_set1(inverse));
+            v_store_some(y + i, v_mul(v, v_load_some(a->w + i, lanes)), lanes);
         }
     }
 }
@@ -31,12 +31,12 @@ static void FN(rms_norm_back)(const void *p, const struct worker *worker)
         worker_range(worker, n, VL, &begin, &end);
         for (int64_t i = begin; i < end; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            vf sum = a->accumulate_w ? v_load_n(a->dw + i, lanes) : v_zero();
+            vf sum = a->accumulate_w ? v_load_some(a->dw + i, lanes) : v_zero();
             for (int64_t t = 0; t < a->n_tokens; t++) {
-                vf x = v_mul(v_load_n(a->x + t * n + i, lanes), v_set1(a->inv[t]));
-                sum = v_fma(x, v_load_n(a->dy + t * n + i, lanes), sum);
+                vf x = v_mul(v_load_some(a->x + t * n + i, lanes), v_set1(a->inv[t]));
+                sum = v_fma(x, v_load_some(a->dy + t * n + i, lanes), sum);
             }
-            v_store_n(a->dw + i, sum, lanes);
+            v_store_some(a->dw + i, sum, lanes);
         }
         if (a->dx == a->dy)
             team_barrier(worker);
@@ -45,20 +45,20 @@ static void FN(rms_norm_back)(const void *p, const struct worker *worker)
     for (int64_t t = begin; t < end; t++) {
         const float *x = a->x + t * n, *dy = a->dy + t * n;
         float *dx = a->dx + t * n, inverse = a->inv[t];
-        double sum = 0;
+        vd sum = v_zero_double();
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            vf g = v_mul(v_load_n(a->w + i, lanes), v_load_n(dy + i, lanes));
-            sum += v_sum_double(v_mul(g, v_load_n(x + i, lanes)));
+            vf g = v_mul(v_load_some(a->w + i, lanes), v_load_some(dy + i, lanes));
+            sum = v_add_double(sum, v_mul(g, v_load_some(x + i, lanes)));
         }
-        vf pull = v_set1(-inverse * inverse * (float)(sum / (double)n));
+        vf pull = v_set1(-inverse * inverse * (float)(v_sum_double(sum) / (double)n));
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
-            vf g = v_mul(v_load_n(a->w + i, lanes), v_load_n(dy + i, lanes));
-            vf d = v_mul(v_fma(v_load_n(x + i, lanes), pull, g), v_set1(inverse));
+            vf g = v_mul(v_load_some(a->w + i, lanes), v_load_some(dy + i, lanes));
+            vf d = v_mul(v_fma(v_load_some(x + i, lanes), pull, g), v_set1(inverse));
             if (a->accumulate_x)
-                d = v_add(d, v_load_n(dx + i, lanes));
-            v_store_n(dx + i, d, lanes);
+                d = v_add(d, v_load_some(dx + i, lanes));
+            v_store_some(dx + i, d, lanes);
         }
     }
 }
@@ -83,14 +83,14 @@ static void FN(rope)(const void *p, const struct worker *worker)
             float *y = a->y + t * width + h * a->head_dim;
             for (int64_t i = 0; i < a->head_dim; i += VL) {
                 int64_t lanes = a->head_dim - i < VL ? a->head_dim - i : VL;
-                vf v = v_load_n(x + i, lanes), r = v;
+                vf v = v_load_some(x + i, lanes), r = v;
                 if (i < a->n_rot) { /* n_rot is even, so a vector may end in the middle of it */
                     int64_t turned = a->n_rot - i < lanes ? a->n_rot - i : lanes;
-                    vf s = v_mul(v_set1(a->sign), v_load_n(sin + i, turned));
-                    r = v_fma(v_swap_pairs(v), s, v_mul(v, v_load_n(cos + i, turned)));
+                    vf s = v_mul(v_set1(a->sign), v_load_some(sin + i, turned));
+                    r = v_fma(v_swap_pairs(v), s, v_mul(v, v_load_some(cos + i, turned)));
                     r = v_blend_n(r, v, turned);
                 }
-                v_store_n(y + i, a->round_f16 ? round_f16(r) : r, lanes);
+                v_store_some(y + i, a->round_f16 ? round_f16(r) : r, lanes);
             }
         }
     }
@@ -103,8 +103,8 @@ static void FN(silu_mul)(const void *p, const struct worker *worker)
     worker_range(worker, a->n, VL, &begin, &end);
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        vf y = v_silu_mul(v_load_n(a->g + i, lanes), v_load_n(a->u + i, lanes));
-        v_store_n(a->y + i, y, lanes);
+        vf y = v_silu_mul(v_load_some(a->g + i, lanes), v_load_some(a->u + i, lanes));
+        v_store_some(a->y + i, y, lanes);
     }
 }
 
@@ -115,12 +115,12 @@ static void FN(silu_mul_back)(const void *p, const struct worker *worker)
     worker_range(worker, a->n, VL, &begin, &end);
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        vf g = v_load_n(a->g + i, lanes), u = v_load_n(a->u + i, lanes);
-        vf dy = v_load_n(a->dy + i, lanes);
+        vf g = v_load_some(a->g + i, lanes), u = v_load_some(a->u + i, lanes);
+        vf dy = v_load_some(a->dy + i, lanes);
         vf s = v_logistic(g), one = v_set1(1.0f);
         vf slope = v_mul(s, v_fma(g, v_sub(one, s), one));
-        v_store_n(a->dg + i, v_mul(v_mul(dy, u), slope), lanes);
-        v_store_n(a->du + i, v_mul(v_mul(dy, g), s), lanes);
+        v_store_some(a->dg + i, v_mul(v_mul(dy, u), slope), lanes);
+        v_store_some(a->du + i, v_mul(v_mul(dy, g), s), lanes);
     }
 }
 
@@ -131,7 +131,8 @@ static void FN(add)(const void *p, const struct worker *worker)
     worker_range(worker, a->n, VL, &begin, &end);
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        v_store_n(a->y + i, v_add(v_load_n(a->a + i, lanes), v_load_n(a->b + i, lanes)), lanes);
+        v_store_some(
+            a->y + i, v_add(v_load_some(a->a + i, lanes), v_load_some(a->b + i, lanes)), lanes);
     }
 }
 

@@ -79,11 +79,16 @@ V_INLINE float v_max_lane(vf a)
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-/* Sum of the lanes in double. */
-V_INLINE double v_sum_double(vf a)
+/* Sums in double: acc plus the lanes of a, and the sum of what has come together so. */
+typedef __m256d vd;
+V_INLINE vd v_zero_double(void) { return _mm256_setzero_pd(); }
+V_INLINE vd v_add_double(vd acc, vf a)
 {
-    __m256d x = _mm256_add_pd(
-        _mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+    vd low = _mm256_cvtps_pd(_mm256_castps256_ps128(a));
+    return _mm256_add_pd(acc, _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))));
+}
+V_INLINE double v_sum_double(vd x)
+{
     __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
     return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
 }

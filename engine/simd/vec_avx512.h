@@ -73,9 +73,15 @@ V_INLINE float v_max_lane(vf a)
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
-V_INLINE double v_sum_double(vf a)
+typedef __m512d vd;
+V_INLINE vd v_zero_double(void) { return _mm512_setzero_pd(); }
+V_INLINE vd v_add_double(vd acc, vf a)
 {
-    __m512d x = _mm512_add_pd(_mm512_cvtps_pd(v_half(a, 0)), _mm512_cvtps_pd(v_half(a, 1)));
+    vd low = _mm512_cvtps_pd(v_half(a, 0));
+    return _mm512_add_pd(acc, _mm512_add_pd(low, _mm512_cvtps_pd(v_half(a, 1))));
+}
+V_INLINE double v_sum_double(vd x)
+{
     __m256d y = _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
     __m128d z = _mm_add_pd(_mm256_castpd256_pd128(y), _mm256_extractf128_pd(y, 1));
     return _mm_cvtsd_f64(_mm_add_sd(z, _mm_unpackhi_pd(z, z)));

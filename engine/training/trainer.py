@@ -23,6 +23,12 @@ FinalPart = tuple[int, int, int]
 # Hears that no step to come adds to grad[begin:end].
 OnFinal = Callable[[int, int], object]
 
+# Tokens that go through the graph together, at most if rows allow it, and half of that at least.
+PASS_TOKENS = 1024
+
+# Tokens of a panel of a product: blocks of logits are as long as several.
+PANEL_TOKENS = 64
+
 # The least gradient that is told of by itself.
 PART_BYTES = 256 << 10
 
@@ -31,6 +37,21 @@ def _in_pairs(compute: str, isa: str | None) -> bool:
     if compute == "bf16" and not has_pairs(isa):
         raise OptionError("--compute bf16: this machine has no bf16 products; use auto or f32")
     return compute == "bf16" or (compute == "auto" and prefers_pairs(isa))
+
+
+def rows_at_once(n_batch: int, n_ctx: int) -> int:
+    """How many rows of a batch go through the graph together, a divisor of all.
+
+    Gradients are sums over rows, so the rest can follow; what one step writes the next then finds
+    in a cache, and activations take less memory. No fewer tokens than products need.
+    """
+    divisors = [n for n in range(1, n_batch + 1) if n_batch % n == 0]
+    few = max((n for n in divisors if n * n_ctx <= PASS_TOKENS), default=1)
+    return next(n for n in divisors if n >= few and (2 * n * n_ctx >= PASS_TOKENS or n == n_batch))
+
+
+def _ignored(_begin: int, _end: int) -> None:
+    pass
 
 
 class _Pass:
@@ -107,7 +128,8 @@ class _Pass:
         So at most LOGIT_BYTES of logits stand in memory, and none is computed twice.
         """
         graph = self.graph
-        rows = max(1, min(hidden.rows, LOGIT_BYTES // (4 * builder.h.n_vocab)))
+        rows = max(1, LOGIT_BYTES // (4 * builder.h.n_vocab))
+        rows = min(hidden.rows, rows - rows % PANEL_TOKENS if rows > PANEL_TOKENS else rows)
         dhidden = None
         if gradients and hidden.needs_grad:
             dhidden = ops.zero(graph, "dhidden", hidden.rows, hidden.cols)
@@ -209,6 +231,8 @@ class Trainer:
         measure: bool = False,
     ) -> None:
         self.shape = (n_batch, n_ctx)
+        self._rows = rows_at_once(n_batch, n_ctx)
+        self._n_passes = n_batch // self._rows
         self.grad: NDArray[np.float32] = np.zeros_like(adapter.flat)
         self._model = model
         self.n_threads = n_threads
@@ -223,9 +247,9 @@ class Trainer:
         self._forward: _Pass | None = None
         self.memory_bytes = self._training.graph.arena_bytes
         self.work_bytes = self._training.graph.scratch_bytes
-        self.input_bytes = self._training.ids.nbytes + self._training.targets.nbytes
-        self.flops = self._training.flops
-        self.repeated_flops = self._training.repeated_flops
+        self.input_bytes = self._n_passes * 2 * self._training.ids.nbytes
+        self.flops = self._n_passes * self._training.flops
+        self.repeated_flops = self._n_passes * self._training.repeated_flops
 
     def _parameters(self, adapter: Adapter) -> dict[str, AdapterTensors]:
         tensors = {}
@@ -258,7 +282,7 @@ class Trainer:
             graph,
             self._model,
             self._tensors,
-            self.shape,
+            (self._rows, self.shape[1]),
             gradients=gradients,
             checkpointing=checkpointing,
             kept_layers=kept_layers,
@@ -270,7 +294,7 @@ class Trainer:
 
     def add_times(self, times: OpTimes) -> None:
         """Add the time of each op of `evaluate` so far, where it is counted."""
-        times.add(self._training.graph)
+        times.add(self._training.graph, runs_a_whole=self._n_passes)
 
     def _check(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         if inputs.shape != self.shape or targets.shape != self.shape:
@@ -336,10 +360,30 @@ class Trainer:
         self._check(inputs, targets)
         self._check_starts(starts)
         if on_final is None:
-            return self._training.run(inputs, targets, starts, weight, [], _ignored)
+            return self._run(self._training, inputs, targets, starts, weight)
         if self._parts is None:
             self._parts = self._final_parts()
-        return self._training.run(inputs, targets, starts, weight, self._parts, on_final)
+        last = (self._parts, on_final)
+        return self._run(self._training, inputs, targets, starts, weight, *last)
+
+    def _run(
+        self,
+        planned: _Pass,
+        inputs: NDArray[np.int32],
+        targets: NDArray[np.int32],
+        starts: NDArray[np.int32] | None,
+        weight: float,
+        parts: list[FinalPart] | None = None,
+        on_final: OnFinal = _ignored,
+    ) -> float:
+        """Some rows after others; the gradient is final in the last pass. The sum of the losses."""
+        total = 0.0
+        for first in range(0, len(inputs), self._rows):
+            rows = slice(first, first + self._rows)
+            begins = None if starts is None else starts[rows]
+            final = (parts or [], on_final) if rows.stop == len(inputs) else ([], _ignored)
+            total += planned.run(inputs[rows], targets[rows], begins, weight, *final)
+        return total
 
     def _final_parts(self) -> list[FinalPart]:
         """Parts of the gradient in the order in which they become final.
@@ -367,12 +411,8 @@ class Trainer:
         self._check(inputs, targets)
         if self._forward is None:
             self._forward = self._plan(gradients=False)
-        total = self._forward.run(inputs, targets, None, 0.0, [], _ignored)
+        total = self._run(self._forward, inputs, targets, None, 0.0)
         return total, int((targets >= 0).sum())
-
-
-def _ignored(_begin: int, _end: int) -> None:
-    pass
 
 
 def _product_flops(nodes: Sequence[Node]) -> int:
