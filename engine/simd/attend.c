@@ -75,7 +75,7 @@ V_INLINE int PP(soften)(int64_t rows, int64_t key0, const float *limit, const fl
             vf e[2];
             for (int k = 0; k < 2; k++) {
                 vf at = v_set1((float)(i + k));
-                e[k] = v_exp(v_sub(v_load(score + (i + k) * TILE_LANES + j), largest));
+                e[k] = PP(v_softmax_exp)(v_load(score + (i + k) * TILE_LANES + j), largest);
                 if (masked)
                     e[k] =
                         v_select_less(at, end, v_select_less(at, begin, v_zero(), e[k]), v_zero());
@@ -260,7 +260,7 @@ V_INLINE void PP(score_gradient)(int64_t rows, int64_t key0, const float *limit,
             vf gradient[2];
             for (int k = 0; k < 2; k++) {
                 int64_t at = (i + k) * TILE_LANES + j;
-                vf key = v_set1((float)(i + k)), e = v_exp(v_sub(v_load(score + at), log_sum));
+                vf key = v_set1((float)(i + k)), e = PP(v_softmax_exp)(v_load(score + at), log_sum);
                 e = v_select_less(key, end, v_select_less(key, begin, v_zero(), e), v_zero());
                 gradient[k] = v_mul(e, v_sub(v_load(dp + at), mean));
                 v_store(p + at, e);

@@ -104,7 +104,7 @@ static void FN(lora_up)(const void *p, const struct worker *worker)
     }
 }
 
-enum { OUTER_RANKS = 4, OUTER_VECS = 4, OUTER_SPAN = 1024, OUTER_TOKENS = 16 };
+enum { OUTER_RANKS = 4, OUTER_VECS = 4, OUTER_SPAN = 1024, OUTER_TOKENS = 8 };
 
 /* sums[r][c] += sum over tokens of u[t][r] x[t][c] for some ranks and `vecs` VL columns: a load of x serves all ranks,
  * and a column's sum runs over the tokens in order. Called with constants, so that sums stay in registers. */

@@ -62,6 +62,9 @@ V_INLINE void interleave_stored_f32(const float *const *rows, int64_t n, float *
     memcpy(lanes, rows[0], (size_t)n * sizeof *lanes);
 }
 
+/* e^(x - y), as exactly as what becomes of it deserves. */
+V_INLINE vf v_softmax_exp_f32(vf x, vf y) { return v_exp(v_sub(x, y)); }
+
 /* Two neighbours of the reduction, at p and the step after it. */
 V_INLINE void v_store_two_f32(float *p, int64_t stride, vf a, vf b)
 {
@@ -140,6 +143,8 @@ V_INLINE void interleave_stored_bf16(const uint16_t *const *rows, int64_t n, uin
     for (; j < n; j++)
         lanes[j] = rows[0][j] | (uint32_t)rows[1][j] << 16;
 }
+
+V_INLINE vf v_softmax_exp_bf16(vf x, vf y) { return v_exp_rough(x, y); }
 
 V_INLINE void v_store_two_bf16(uint32_t *p, int64_t stride, vf a, vf b)
 {
