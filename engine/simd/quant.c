@@ -574,8 +574,22 @@ static void FN(quant_tile)(
     const uint8_t *q = w->q + first * w->stride;
     const float *d = w->d + first * w->floats, *m = w->m + first * w->floats;
     vf acc[QUANT_TILE][2];
+    c += first * QUANT_LANES;
     for (int i = 0; i < QUANT_TILE; i++)
         acc[i][0] = acc[i][1] = v_zero();
+    for (int64_t b = 0; b < blocks; b++) /* offsets in a sum of their own, as in the original */
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            vf s = v_load(x.sum + b * QUANT_LANES + j * VL);
+#pragma GCC unroll 6
+            for (int i = 0; i < QUANT_TILE; i++)
+                acc[i][j] = v_fma(s, v_set1(m[i * w->floats + b]), acc[i][j]);
+        }
+    for (int i = 0; i < QUANT_TILE; i++)
+        for (int j = 0; j < 2; j++) {
+            v_store(c + i * QUANT_LANES + j * VL, acc[i][j]);
+            acc[i][j] = v_zero();
+        }
     for (int64_t b = 0; b < blocks; b++) {
         vi sums[QUANT_TILE][2];
         for (int i = 0; i < QUANT_TILE; i++)
@@ -594,18 +608,18 @@ static void FN(quant_tile)(
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             vf e = v_load(x.scale + b * QUANT_LANES + j * VL);
-            vf s = v_load(x.sum + b * QUANT_LANES + j * VL);
 #pragma GCC unroll 6
             for (int i = 0; i < QUANT_TILE; i++) {
                 vf part = v_mul(v_from_i32(sums[i][j]), e);
                 acc[i][j] = v_fma(part, v_set1(d[i * w->floats + b]), acc[i][j]);
-                acc[i][j] = v_fma(s, v_set1(m[i * w->floats + b]), acc[i][j]);
             }
         }
     }
     for (int i = 0; i < QUANT_TILE; i++)
-        for (int j = 0; j < 2; j++)
-            v_store(c + (first + i) * QUANT_LANES + j * VL, acc[i][j]);
+        for (int j = 0; j < 2; j++) {
+            float *sum = c + i * QUANT_LANES + j * VL;
+            v_store(sum, v_add(acc[i][j], v_load(sum)));
+        }
 }
 
 static void FN(quant_block)(
