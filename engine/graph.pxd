@@ -37,5 +37,6 @@ cdef class Graph:
     cdef char *scratch_start
 
     cdef dict place(self)
+    cdef object memory(self, int64_t n_bytes, lent)
     cdef int lower(self, step *steps, void *shared) except -1
     cdef int set_barriers(self, step *steps) except -1

@@ -217,8 +217,14 @@ cdef class Graph:
             writes += w
         return 0
 
-    def plan(self):
+    def plan(self, Graph lender=None):
         """Give every tensor its place and every step its arguments.
+
+        Parameters
+        ----------
+        lender : Graph, optional
+            A planned one whose memory this one takes, too, where it is enough. Nothing that a run
+            leaves there is whole after a run of the other.
 
         Raises
         ------
@@ -235,12 +241,14 @@ cdef class Graph:
         starts = self.place()
         for node in self.nodes:
             shared = max(shared, node.shared_bytes())
-        self.arena = np.empty(self.arena_bytes + shared + ALIGNMENT, np.uint8)
+        self.arena = self.memory(
+            self.arena_bytes + shared + ALIGNMENT, None if lender is None else lender.arena)
         start = aligned(self.arena)
         for tensor, offset in starts.items():
             tensor.data = start + <int64_t>offset
             tensor.owner = self.arena
-        self.scratch = np.empty(self.scratch_bytes + ALIGNMENT, np.uint8)
+        self.scratch = self.memory(
+            self.scratch_bytes + ALIGNMENT, None if lender is None else lender.scratch)
         self.scratch_start = aligned(self.scratch)
         self.arena_bytes += shared
         steps = <step *>calloc(max(len(self.nodes), 1), sizeof(step))
@@ -253,6 +261,12 @@ cdef class Graph:
             raise
         self.n_steps = len(self.nodes)
         self.steps = steps
+
+    cdef object memory(self, int64_t n_bytes, lent):
+        """Bytes to be written: those that are lent if there are enough, else new ones."""
+        if lent is not None and len(lent) >= n_bytes:
+            return lent
+        return np.empty(n_bytes, np.uint8)
 
     cdef int lower(self, step *steps, void *shared) except -1:
         """Fill the steps: kernel, arguments, barrier."""

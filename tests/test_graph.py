@@ -311,6 +311,30 @@ def test_results_stay_alive_without_the_graph(isa: str) -> None:
 # ---------------------------------------------------------------- refusals
 
 
+def test_a_graph_that_borrows_takes_no_memory_of_its_own_and_gives_the_same_bits(isa: str) -> None:
+    values = [np.full((2, 3), n, f32) for n in (1, 2)]
+
+    def sums(graph: Graph, lender: Graph | None, n: int) -> Tensor:
+        y = given(values[0])
+        for _ in range(n):
+            y = graph.keep(ops.add(graph, y, given(values[1])))
+        graph.plan(lender)
+        graph.run()
+        return y
+
+    large = Graph(1, isa)
+    of_large = sums(large, None, 5)
+    of_small = sums(Graph(1, isa), large, 2)
+    assert of_small.owner is of_large.owner
+    np.testing.assert_array_equal(of_small.numpy(), values[0] + 4)
+    large.run()
+    np.testing.assert_array_equal(of_large.numpy(), values[0] + 10)
+    of_larger = sums(Graph(1, isa), large, 9)
+    assert of_larger.owner is not of_large.owner
+    np.testing.assert_array_equal(of_larger.numpy(), values[0] + 18)
+    np.testing.assert_array_equal(of_large.numpy(), values[0] + 10)
+
+
 def test_a_planned_graph_takes_no_more_nodes() -> None:
     graph = Graph()
     x = given(np.ones((2, 2), f32))

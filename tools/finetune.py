@@ -314,17 +314,9 @@ class _Job:
         also = "" if options.use_checkpointing else " or leave out --no-checkpointing"
         check_memory(needed, available_memory(), settings, also)
 
-    def _planned(self, model: Model, trainer: Trainer) -> int:
-        from engine.training.resources import forward_memory, planned_memory
-
-        n_batch, n_ctx = trainer.shape
-        losses = self.options.report or self.outputs.best
-        forward = forward_memory(model.hparams, n_batch * n_ctx, trainer) if losses else 0
-        return planned_memory(trainer) + forward
-
     def _trainer(self, model: Model, adapter: Adapter, n_ctx: int) -> Trainer:
         from engine.training.memory_plan import fastest_plan
-        from engine.training.resources import memory_in_use
+        from engine.training.resources import memory_in_use, planned_memory
         from engine.training.trainer import Trainer
 
         options = self.options
@@ -351,7 +343,7 @@ class _Job:
                 make,
                 n_layer,
                 options.memory_limit,
-                lambda trainer: memory_in_use() + self._planned(model, trainer),
+                lambda trainer: memory_in_use() + planned_memory(trainer),
                 lower,
             )
             self.lines.say(f"main: memory plan: {plan.text()}")
@@ -374,7 +366,7 @@ class _Job:
         saver: Saver,
     ) -> Training | int:
         """Plan and load the data; what is ready to train, or the status of a dry run."""
-        from engine.training.resources import expected_updates
+        from engine.training.resources import expected_updates, planned_memory
 
         options, lines = self.options, self.lines
         n_opt_bytes = state.m.nbytes + state.v.nbytes + state.past_losses.nbytes
@@ -401,7 +393,7 @@ class _Job:
         if options.dry_run:
             data.validation(state)
             return self._dry_run(model, adapter, trainer, data, batches, n_updates)
-        self._check_memory(self._planned(model, trainer), n_ctx)
+        self._check_memory(planned_memory(trainer), n_ctx)
         return Training(
             options,
             lines,
@@ -427,10 +419,10 @@ class _Job:
     ) -> int:
         """Tell what a run would take, after one evaluation; nothing is trained or written."""
         from engine.training.report import duration_text, end_text
-        from engine.training.resources import memory_in_use, probe_seconds
+        from engine.training.resources import memory_in_use, planned_memory, probe_seconds
 
         say, n_ctx = self.lines.say, batches.options.n_ctx
-        planned = self._planned(model, trainer)
+        planned = planned_memory(trainer)
         peak = memory_in_use() + planned
         mapped = sum(info.n_bytes for info in model.file.tensors.values())
         say(f"dry run: samples              = {len(data.samples)}")

@@ -6,8 +6,9 @@ program resumes what the other wrote.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +28,7 @@ from engine.lora import (
 )
 from engine.mt19937 import MT19937
 from engine.training.data import ShuffleState
-from engine.training.moments import (
-    MomentOrder,
-    find_order,
-    moments_from_file,
-    moments_to_file,
-)
+from engine.training.moments import MomentOrder, find_order, moments_from_file, moments_to_file
 from engine.training.state import TrainingState, ValidationState
 
 U32, U64, REAL = ValueType.U32, ValueType.U64, ValueType.F32
@@ -289,23 +285,27 @@ def _validation_keys(validation: ValidationState | None) -> list[_Key]:
     ]
 
 
-_Tensor = tuple[str, DType, tuple[int, ...], FloatArray]
+_Tensor = tuple[str, DType, tuple[int, ...], Callable[[], Iterable[FloatArray]]]
 
 
 def _tensors(state: TrainingState, adapter: Adapter) -> list[_Tensor]:
-    arrays = {}
+    """List what a file holds; each factor is copied into the file's order when its turn comes."""
+    tensors: list[_Tensor] = []
     for pair in adapter.pairs.values():
-        arrays[pair.name + ".weight.lora_a"] = file_order(pair.a)
-        arrays[pair.name + ".weight.lora_b"] = file_order(pair.b)
-    arrays[_FIRST] = moments_to_file(state.m, adapter)
-    arrays[_SECOND] = moments_to_file(state.v, adapter)
-    if len(state.past_losses):
-        arrays[_PAST] = np.ascontiguousarray(state.past_losses, dtype="<f4")
-    # A norm's B is one row of `rank` numbers, which GGUF knows as one-dimensional.
-    return [
-        (name, F32, array.shape[1:] if array.ndim == 2 and len(array) == 1 else array.shape, array)
-        for name, array in arrays.items()
-    ]
+        for suffix, factor in ((".weight.lora_a", pair.a), (".weight.lora_b", pair.b)):
+            # A norm's B is one row of `rank` numbers, which GGUF knows as one-dimensional.
+            shape = factor.shape[::-1] if factor.shape[1] > 1 else factor.shape[:1]
+            tensors.append((pair.name + suffix, F32, shape, partial(_file_order_alone, factor)))
+    for name, moment in ((_FIRST, state.m), (_SECOND, state.v)):
+        tensors.append((name, F32, moment.shape, partial(moments_to_file, moment, adapter)))
+    past = state.past_losses
+    if len(past):
+        tensors.append((_PAST, F32, past.shape, lambda: [np.ascontiguousarray(past, "<f4")]))
+    return tensors
+
+
+def _file_order_alone(factor: FloatArray) -> list[FloatArray]:
+    return [file_order(factor)]
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:

@@ -66,8 +66,8 @@ def _right_to_left(layers: list[int]) -> Iterator[str]:
     yield from ("output_norm", "output")
 
 
-def moments_to_file(flat: FloatArray, adapter: Adapter) -> FloatArray:
-    """Put a moment in the layout of `Adapter.flat` into the order LEFT_TO_RIGHT.
+def moments_to_file(flat: FloatArray, adapter: Adapter) -> Iterator[FloatArray]:
+    """Copy a moment in the layout of `Adapter.flat` in the order LEFT_TO_RIGHT, a factor at a time.
 
     Parameters
     ----------
@@ -75,13 +75,13 @@ def moments_to_file(flat: FloatArray, adapter: Adapter) -> FloatArray:
     adapter : Adapter
         Gives names and sizes; its values are not looked at.
 
-    Returns
-    -------
-    ndarray of shape (n_parameters,), float32
+    Yields
+    ------
+    ndarray of shape (n, rank), float32
     """
     views = factor_views(flat, adapter)
-    order = factors_in_order(adapter, MomentOrder.LEFT_TO_RIGHT)
-    return np.concatenate([file_order(views[factor]).ravel() for factor in order])
+    for factor in factors_in_order(adapter, MomentOrder.LEFT_TO_RIGHT):
+        yield file_order(views[factor])
 
 
 def moments_from_file(vector: FloatArray, adapter: Adapter, order: MomentOrder) -> FloatArray:

@@ -10,13 +10,12 @@ from typing import Any, Protocol
 
 from engine.errors import EngineError
 from engine.machine import control_groups, read_text
-from engine.model import LOGIT_BYTES
 
 # Evaluations shorter than this are measured twice: the first one also fetches the weights.
 SHORT_PROBE_SECONDS = 2.0
 
-# Parameters, first moments, and second ones in pieces and whole.
-_COPIES_TO_SAVE = 4
+# Some forms of adapters are made whole before they are written; checkpoints never are.
+_COPIES_TO_SAVE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,8 @@ def planned_memory(trainer: PlannedTrainer) -> int:
     """Bytes that a run takes beyond those in use when it is planned but has not begun.
 
     They are asked for already but not touched: the plan, the gradient, and both moments. A save
-    then copies parameters and moments into the order of files.
+    then may copy the parameters into the order of its form. A pass that only takes a loss has
+    its place in the plan's memory.
     """
     parameters = (3 + _COPIES_TO_SAVE) * int(trainer.grad.nbytes)
     return trainer.memory_bytes + trainer.input_bytes + trainer.work_bytes + parameters
@@ -112,10 +112,6 @@ class Sizes(Protocol):
     @property
     def n_embd(self) -> int:
         """Width of the model."""
-
-    @property
-    def n_ff(self) -> int:
-        """Width of the feed-forward part."""
 
     @property
     def n_layer(self) -> int:
@@ -130,19 +126,10 @@ def least_memory(sizes: Sizes, n_batch: int, n_ctx: int, n_parameters: int) -> i
     """Bytes without which no plan can do; known before one is made.
 
     A layer keeps its input for the backward pass; an adapter's parameters come with gradient,
-    moments and the copies of a save; positions have their rotations.
+    moments and the copy of a save; positions have their rotations.
     """
     activations = 4 * n_batch * n_ctx * sizes.n_embd * (sizes.n_layer + 1)
     return activations + 4 * (4 + _COPIES_TO_SAVE) * n_parameters + 4 * n_ctx * sizes.head_dim
-
-
-def forward_memory(sizes: Sizes, n_tokens: int, trainer: PlannedTrainer) -> int:
-    """Estimate the bytes of a pass that only takes a loss: it is planned when first asked for.
-
-    One layer at a time, and a block of logits; never more than a pass with gradients.
-    """
-    layer = 4 * n_tokens * (6 * sizes.n_embd + 3 * sizes.n_ff)
-    return min(trainer.memory_bytes, layer + LOGIT_BYTES)
 
 
 def check_memory(

@@ -81,6 +81,7 @@ class _Pass:
         checkpointing: bool,
         kept_layers: int,
         packed: bool,
+        lender: Graph | None,
     ) -> None:
         n_batch, n_ctx = shape
         h = model.hparams
@@ -120,7 +121,7 @@ class _Pass:
             backward(graph, forward, {hidden: dhidden}, checkpointing, kept)
         again = [node for node in graph.nodes[n_once:] if isinstance(node, ops.Linear)]
         self.flops, self.repeated_flops = _product_flops(graph.nodes), _product_flops(again)
-        graph.plan()
+        graph.plan(lender)
 
     def _head(self, builder: Builder, hidden: Tensor, gradients: bool) -> Tensor | None:
         """Loss and gradient of blocks of tokens, each forward and backward at once.
@@ -275,6 +276,7 @@ class Trainer:
         checkpointing: bool = False,
         kept_layers: int = 0,
         packed: bool = False,
+        lender: Graph | None = None,
     ) -> _Pass:
         graph = Graph(self.n_threads, self._isa)
         graph.pairs = self._pairs
@@ -287,6 +289,7 @@ class Trainer:
             checkpointing=checkpointing,
             kept_layers=kept_layers,
             packed=packed,
+            lender=lender,
         )
         if self._measure and gradients:
             graph.measure()
@@ -376,7 +379,7 @@ class Trainer:
         parts: list[FinalPart] | None = None,
         on_final: OnFinal = _ignored,
     ) -> float:
-        """Some rows after others; the gradient is final in the last pass. The sum of the losses."""
+        """Run some rows after others, the gradient final at the last; the sum of the losses."""
         total = 0.0
         for first in range(0, len(inputs), self._rows):
             rows = slice(first, first + self._rows)
@@ -410,7 +413,8 @@ class Trainer:
         """
         self._check(inputs, targets)
         if self._forward is None:
-            self._forward = self._plan(gradients=False)
+            # Takes no memory of its own: between evaluations nothing in theirs is needed.
+            self._forward = self._plan(gradients=False, lender=self._training.graph)
         total = self._run(self._forward, inputs, targets, None, 0.0)
         return total, int((targets >= 0).sum())
 

@@ -651,7 +651,7 @@ def limits(train) -> dict[str, str]:
 
 PLANS = [
     (0.5, "checkpointing of every layer, "),
-    (2.2, "activations of 1 of 2 layers kept, "),
+    (1.2, "activations of 1 of 2 layers kept, "),
     (100, "no checkpointing, "),
 ]
 

@@ -68,6 +68,25 @@ def test_passes_give_the_loss_and_gradient_of_one(
     )
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loss_in_between_takes_no_memory_and_changes_no_bit(
+    model: Model, rng: np.random.Generator, checkpointing: bool
+) -> None:
+    inputs, targets = batch(model, rng)
+    alone, watched = (trained(model, checkpointing=checkpointing) for _ in range(2))
+    losses = [alone.evaluate(inputs, targets) for _ in range(2)]
+    total, n_counted = watched.loss(inputs, targets)
+    assert total / n_counted == pytest.approx(losses[0], rel=1e-6)
+    found = []
+    for _ in range(2):
+        found.append(watched.evaluate(inputs, targets))
+        assert watched.loss(inputs, targets) == (total, n_counted)
+    assert found == losses
+    assert watched.grad.tobytes() == alone.grad.tobytes()
+    training, forward = watched._training, watched._forward
+    assert forward is not None and forward.losses[0].owner is training.losses[0].owner
+
+
 def test_the_gradient_is_told_of_when_the_last_pass_has_added_to_it(
     model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

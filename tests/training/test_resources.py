@@ -127,8 +127,8 @@ def test_a_plan_holds_activations_and_the_parameters_companions():
     trainer = SimpleNamespace(
         memory_bytes=1000, input_bytes=20, work_bytes=300, grad=np.zeros(25, np.float32)
     )
-    # Gradient, two moments, and the four copies of a save.
-    assert planned_memory(trainer) == 1320 + 7 * 100
+    # Gradient, two moments, and the copy of a save.
+    assert planned_memory(trainer) == 1320 + 4 * 100
 
 
 def test_the_least_memory_grows_with_each_of_its_causes():
