@@ -60,6 +60,7 @@ cdef extern from "kernels.h" nogil:
         int64_t partner, pairs
         void *packed
         const float *base
+        const float *a
 
     struct pack_args:
         int64_t n_tokens, n_in

@@ -371,9 +371,21 @@ class Builder:
         w = self.weights[name]
         adapter = self.adapters.get(name)
         if adapter is not None:
-            # B of a norm is one number a rank: a column in memory, and the row that this needs.
-            w = ops.lora_up(self.graph, w, adapter.b, adapter.a, adapter.scale)
+            learns = adapter.a.needs_grad or adapter.b.needs_grad
+            w = self.adapted_norm(self.graph, w, adapter) if learns else self.fixed_norm(w, adapter)
         return ops.rms_norm(self.graph, x, w, self.h.rms_eps)
+
+    def adapted_norm(self, graph: Graph, w: Tensor, adapter: AdapterTensors) -> Tensor:
+        """Weights of a norm as the adapter changes them."""
+        # B of a norm is one number a rank: a column in memory, and the row that this needs.
+        return ops.lora_up(graph, w, adapter.b, adapter.a, adapter.scale)
+
+    def fixed_norm(self, w: Tensor, adapter: AdapterTensors) -> Tensor:
+        """The same, made once: a step a norm would be two waits a token."""
+        graph = Graph(isa=self.graph.isa)
+        changed = graph.keep(self.adapted_norm(graph, w, adapter))
+        graph.run()
+        return Tensor.external(w.name, changed.numpy().copy(), *changed.shape)
 
     def linear(self, x: Tensor, name: str, base: Tensor | None = None) -> Tensor:
         """Named projection with its adapter and bias, added to `base`."""
@@ -406,9 +418,11 @@ class Builder:
         """Gate, up and down, added to `base`: in one step where there is nothing to learn."""
         names = [p + "ffn_gate", p + "ffn_up", p + "ffn_down"]
         gate, up, down = (self.weights[name] for name in names)
-        plain = not any(n in self.adapters or n + ".bias" in self.weights for n in names)
-        if plain and gate.type == up.type and not x.needs_grad:
-            return ops.feed_forward(self.graph, x, gate, up, down, base)
+        adapters = tuple(self.adapters.get(name) for name in names)
+        plain = not x.needs_grad and not any(name + ".bias" in self.weights for name in names)
+        within = all(a is None or ops.meets_within(x, a) for a in adapters)
+        if plain and within and gate.type == up.type:
+            return ops.feed_forward(self.graph, x, gate, up, down, base, adapters)
         y = ops.silu_mul(self.graph, self.linear(x, names[0]), self.linear(x, names[1]))
         return self.linear(y, names[2], base)
 

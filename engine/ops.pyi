@@ -19,8 +19,15 @@ def linear(
     adapter: tuple[Tensor, Tensor, float] | None = None,
     base: Tensor | None = None,
 ) -> Tensor: ...
+def meets_within(x: Tensor, adapter: tuple[Tensor, Tensor, float]) -> bool: ...
 def feed_forward(
-    graph: Graph, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, base: Tensor
+    graph: Graph,
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    base: Tensor,
+    adapters: tuple[tuple[Tensor, Tensor, float] | None, ...] = ...,
 ) -> Tensor: ...
 def lora_down(graph: Graph, x: Tensor, m: Tensor) -> Tensor: ...
 def lora_up(graph: Graph, base: Tensor, u: Tensor, m: Tensor, scale: float) -> Tensor: ...

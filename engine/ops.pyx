@@ -32,6 +32,7 @@ cdef enum:
     F32 = 0
     F16 = 1
     BF16 = 30
+    WITHIN_RANK = 64
 
 
 cdef int require(bint condition, str message) except -1:
@@ -154,7 +155,20 @@ cdef linear_args product(
     """What the product of x and w is told, without adapter and base."""
     return linear_args(
         n_tokens, w.cols, w.rows, x, w.data, w.type, y, 0, NULL, NULL, 0, partner, pairs, packed,
-        NULL)
+        NULL, NULL)
+
+
+cdef int adapt(linear_args *a, adapter) except -1:
+    """Let the product make both products of an adapter (A, B, scale), if there is one."""
+    cdef Tensor down, up
+    if adapter is not None:
+        down, up, a.scale = adapter
+        a.rank, a.a, a.b = down.rows, down.floats(), up.floats()
+    return 0
+
+
+cdef bint fits_adapter(Tensor w, Tensor down, Tensor up):
+    return down.cols == w.cols and up.cols == w.rows and up.rows == down.rows
 
 
 cdef void *place_of(Tensor packed):
@@ -167,8 +181,8 @@ cdef class Linear(Node):
     cdef linear_args a
 
     def __init__(
-        self, Tensor x, Tensor w, Tensor packed, Tensor u, Tensor b, Tensor base, float scale,
-        bint partner, bint pairs,
+        self, Tensor x, Tensor w, Tensor packed, Tensor a, Tensor u, Tensor b, Tensor base,
+        float scale, bint partner, bint pairs,
     ):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
         require(x.type == F32, f"{x.name}: activations must be F32")
@@ -176,17 +190,21 @@ cdef class Linear(Node):
         if u is not None:
             fits = u.rows == x.rows and b.cols == w.rows and b.rows == u.cols
             require(fits, f"{w.name}: adapter of {b.rows} x {b.cols} does not fit {w.rows} outputs")
+        if a is not None:
+            require(fits_adapter(w, a, b), f"{w.name}: its adapter does not fit")
         if base is not None:
             fits = base.rows == x.rows and base.cols == w.rows and base.type == F32
             require(fits, f"{w.name}: {base.rows} x {base.cols} cannot be added to the product")
-        self.inputs = tuple([t for t in (x, w, packed, u, b, base) if t is not None])
+        self.inputs = tuple([t for t in (x, w, packed, a, u, b, base) if t is not None])
         self.outputs = (result(w.name + ".out", x.rows, w.rows),)
 
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor x, w, packed, u, b, base, y = self.outputs[0]
-        x, w, packed, u, b, base, scale, partner, pairs = self.recipe
+        cdef Tensor x, w, packed, a, u, b, base, y = self.outputs[0]
+        x, w, packed, a, u, b, base, scale, partner, pairs = self.recipe
         self.a = product(
             x.rows, x.floats(), w, y.floats(), place_of(packed), partner, pairs)
+        if a is not None:
+            adapt(&self.a, (a, b, scale))
         if u is not None:
             self.a.rank, self.a.scale = u.cols, scale
             self.a.u, self.a.b = u.floats(), b.floats()
@@ -206,7 +224,7 @@ cdef class Linear(Node):
 
     def gradient(self, grads):
         cdef Tensor x, w, u, b, base
-        x, w, _, u, b, base, scale, _, _ = self.recipe
+        x, w, _, _, u, b, base, scale, _, _ = self.recipe
         dy = grads[self.outputs[0]]
         if x.needs_grad:
             into = grads.into(x)
@@ -270,13 +288,24 @@ def linear(Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None) -> T
     -------
     Tensor of shape (n_tokens, n_out)
     """
-    u = b = None
+    a = u = b = None
     scale = 0.0
     if adapter is not None:
         a, b, scale = adapter
-        u = lora_down(graph, x, a)
+        if not meets_within(x, adapter):
+            a, u = None, lora_down(graph, x, a)
     packed, pairs = packed_for(graph, x, w), multiplied_in_pairs(graph, w)
-    return graph.add(Linear, x, w, packed, u, b, base, scale, graph.partner, pairs)[0]
+    return graph.add(Linear, x, w, packed, a, u, b, base, scale, graph.partner, pairs)[0]
+
+
+def meets_within(Tensor x, adapter) -> bool:
+    """Whether the product itself makes x A' of an adapter: few tokens, nothing to learn.
+
+    Each worker then makes all of it, for waiting takes longer, so the rank is bounded, too.
+    """
+    cdef Tensor a = adapter[0], b = adapter[1]
+    learns = x.needs_grad or a.needs_grad or b.needs_grad
+    return x.rows <= GEMV_TOKENS and a.rows <= WITHIN_RANK and not learns
 
 
 cdef class FeedForward(Node):
@@ -286,13 +315,19 @@ cdef class FeedForward(Node):
 
     def __init__(
         self, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor packed, Tensor base,
-        bint partner, bint pairs, bint down_pairs, bint panels,
+        bint partner, bint pairs, bint down_pairs, bint panels, tuple adapters,
     ):
         fits = gate.cols == up.cols == x.cols and gate.rows == up.rows == down.cols
         require(fits, f"{gate.name}: its shape is not that of {up.name} and {down.name}")
         fits = base.rows == x.rows and base.cols == down.rows
         require(fits, f"{down.name}: {base.rows} x {base.cols} cannot be added to the product")
-        self.inputs = tuple([t for t in (x, gate, up, down, packed, base) if t is not None])
+        tensors = [t for t in (x, gate, up, down, packed, base) if t is not None]
+        for w, adapter in zip((gate, up, down), adapters):
+            if adapter is not None:
+                require(meets_within(x, adapter), f"{w.name}: its adapter wants a step of its own")
+                require(fits_adapter(w, adapter[0], adapter[1]), f"{w.name}: its adapter does not fit")
+                tensors += adapter[:2]
+        self.inputs = tuple(tensors)
         self.outputs = (result(down.name + ".out", x.rows, down.rows),)
 
     cdef int64_t rows_bytes(self):
@@ -308,7 +343,7 @@ cdef class FeedForward(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x, gate, up, down, packed, base, y = self.outputs[0]
-        x, gate, up, down, packed, base, partner, pairs, down_pairs, panels = self.recipe
+        x, gate, up, down, packed, base, partner, pairs, down_pairs, panels, adapters = self.recipe
         cdef float *g = NULL if panels else <float *>self.shared
         cdef float *u = NULL if panels else g + x.rows * gate.rows
         cdef void *between = <char *>self.shared + self.rows_bytes()
@@ -318,6 +353,9 @@ cdef class FeedForward(Node):
         self.a.up = product(x.rows, x.floats(), up, u, place, partner, pairs)
         self.a.down = product(x.rows, g, down, y.floats(), between, partner, down_pairs)
         self.a.down.base = base.floats()
+        adapt(&self.a.gate, adapters[0])
+        adapt(&self.a.up, adapters[1])
+        adapt(&self.a.down, adapters[2])
         self.args = &self.a
         return table.feed_forward
 
@@ -331,7 +369,10 @@ cdef class FeedForward(Node):
         return sum([2.0 * x.rows * w.rows * w.cols for w in self.inputs[1:4]]), n_bytes
 
 
-def feed_forward(Graph graph, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor base):
+def feed_forward(
+    Graph graph, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor base,
+    tuple adapters=(None, None, None),
+):
     """base + (silu(x G') (x U')) D' in one step: what lies between the products stays packed.
 
     It has no gradient. The values are those of the single steps, bit by bit.
@@ -342,6 +383,8 @@ def feed_forward(Graph graph, Tensor x, Tensor gate, Tensor up, Tensor down, Ten
     gate, up : Tensor of shape (n_between, n_in), of one stored type
     down : Tensor of shape (n_out, n_between)
     base : Tensor of shape (n_tokens, n_out)
+    adapters : tuple of three (A, B, scale) or None
+        Of gate, up and down; only where `meets_within` allows it.
 
     Returns
     -------
@@ -353,7 +396,8 @@ def feed_forward(Graph graph, Tensor x, Tensor gate, Tensor up, Tensor down, Ten
     floats = in_floats(graph, gate) and in_floats(graph, down)
     panels = packed is not None and gate.rows % 2 == 0 and (floats or (pairs and down_pairs))
     return graph.add(
-        FeedForward, x, gate, up, down, packed, base, graph.partner, pairs, down_pairs, panels)[0]
+        FeedForward, x, gate, up, down, packed, base, graph.partner, pairs, down_pairs, panels,
+        adapters)[0]
 
 
 # ---------------------------------------------------------------- adapters

@@ -78,8 +78,17 @@ static void FN(linear_gemv)(const struct linear_args *a, char *scratch, int64_t 
             FN(linear_decoded)(a, scratch, begin, end);
         break;
     }
-    if (!is_finished(a))
-        FN(finish_rows)(a, 0, a->n_tokens, begin, end - begin, a->y + begin, a->n_out);
+    if (is_finished(a))
+        return;
+    struct linear_args whole = *a;
+    if (a->rank > 0 &&
+        !a->u) { /* every worker makes all of it: that is less than waiting for each other */
+        float *u = (float *)(void *)scratch;
+        for (int64_t t = 0; t < a->n_tokens; t++)
+            down_row(a->x + t * a->n_in, a->a, a->n_in, a->rank, 1.0f, 0, u + t * a->rank);
+        whole.u = u;
+    }
+    FN(finish_rows)(&whole, 0, a->n_tokens, begin, end - begin, a->y + begin, a->n_out);
 }
 
 static void FN(pack_for)(const struct linear_args *a, const struct worker *worker)

@@ -24,7 +24,7 @@ struct embed_args {
 
 /* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o] + base[t][o]
  * The second term if rank > 0, the third unless base is NULL. W: n_out stored rows of n_in; u: n_tokens x rank;
- * b: rank x n_out.
+ * b: rank x n_out. Where n_tokens <= GEMV_TOKENS, u may be NULL: it is x A' then, with a: rank x n_in.
  * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
  * sums) first, as the original does.
  * pairs: where there is a pair product, round x (and W, unless stored so) to bf16 and use it; sums stay float.
@@ -40,11 +40,11 @@ struct linear_args {
     float scale;
     int64_t partner, pairs;
     void *packed;
-    const float *base;
+    const float *base, *a;
 };
 
-/* down.y = down.base + (silu(x G') (x U')) D'              G, U, D: weights of gate, up and down, with no adapters
- * Where n_tokens > GEMV_TOKENS, gate.packed holds x and down.packed has room for the product of gate and up.
+/* down.y = down.base + (silu(x G') (x U')) D'              G, U, D: weights of gate, up and down, with adapters only where
+ * n_tokens <= GEMV_TOKENS. Where n_tokens > GEMV_TOKENS, gate.packed holds x and down.packed has room for the product of gate and up.
  * gate.y, up.y: n_tokens x gate.n_out; up.y may be gate.y. */
 struct feed_forward_args {
     struct linear_args gate, up, down;

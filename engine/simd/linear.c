@@ -54,6 +54,56 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
         memcpy(y + a->n_in, row.sum, (size_t)blocks * sizeof *y);
 }
 
+enum { DOWN_RANKS = 4, DOWN_SUMS = 4 };
+
+/* Dots of one row of x with DOWN_RANKS rows of m, x loaded once: the sums of v_dot, bit by bit. */
+V_INLINE void dot_ranks(const float *x, const float *m, int64_t n, float *dots)
+{
+    vf sum[DOWN_RANKS][DOWN_SUMS];
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < DOWN_RANKS; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < DOWN_SUMS; j++)
+            sum[r][j] = v_zero();
+    for (; i + DOWN_SUMS * VL <= n; i += DOWN_SUMS * VL)
+#pragma GCC unroll 4
+        for (int j = 0; j < DOWN_SUMS; j++) {
+            vf row = v_load(x + i + j * VL);
+#pragma GCC unroll 4
+            for (int r = 0; r < DOWN_RANKS; r++)
+                sum[r][j] = v_fma(row, v_load(m + r * n + i + j * VL), sum[r][j]);
+        }
+    for (; i + VL <= n; i += VL)
+#pragma GCC unroll 4
+        for (int r = 0; r < DOWN_RANKS; r++)
+            sum[r][0] = v_fma(v_load(x + i), v_load(m + r * n + i), sum[r][0]);
+    if (i < n)
+#pragma GCC unroll 4
+        for (int r = 0; r < DOWN_RANKS; r++)
+            sum[r][1] =
+                v_fma(v_load_some(x + i, n - i), v_load_some(m + r * n + i, n - i), sum[r][1]);
+#pragma GCC unroll 4
+    for (int r = 0; r < DOWN_RANKS; r++)
+        dots[r] = v_sum(v_add(v_add(sum[r][0], sum[r][1]), v_add(sum[r][2], sum[r][3])));
+}
+
+/* u[r] (+)= scale times the dot of x and row r of m. */
+V_INLINE void down_row(const float *x, const float *m, int64_t n, int64_t rank, float scale,
+    int64_t accumulate, float *u)
+{
+    float dots[DOWN_RANKS];
+    for (int64_t r = 0, some; r < rank; r += some, m += some * n) {
+        some = rank - r < DOWN_RANKS ? 1 : DOWN_RANKS;
+        if (some == 1)
+            dots[0] = v_dot(x, m, n);
+        else
+            dot_ranks(x, m, n, dots);
+        for (int64_t i = 0; i < some; i++)
+            u[r + i] = accumulate ? u[r + i] + scale * dots[i] : scale * dots[i];
+    }
+}
+
 /* Whether nothing comes on top of the products. */
 V_INLINE int is_finished(const struct linear_args *a) { return a->rank == 0 && !a->base; }
 

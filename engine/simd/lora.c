@@ -2,59 +2,14 @@
  * long as the weight's), so that lanes run along the long side in every one of them.
  * Bound: the activations' bytes, and 2 n_tokens n_cols rank FLOPs. */
 
-enum { DOWN_RANKS = 4, DOWN_SUMS = 4 };
-
-/* Dots of one row of x with DOWN_RANKS rows of m, x loaded once: the sums of v_dot, bit by bit. */
-V_INLINE void dot_ranks(const float *x, const float *m, int64_t n, float *dots)
-{
-    vf sum[DOWN_RANKS][DOWN_SUMS];
-    int64_t i = 0;
-#pragma GCC unroll 4
-    for (int r = 0; r < DOWN_RANKS; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < DOWN_SUMS; j++)
-            sum[r][j] = v_zero();
-    for (; i + DOWN_SUMS * VL <= n; i += DOWN_SUMS * VL)
-#pragma GCC unroll 4
-        for (int j = 0; j < DOWN_SUMS; j++) {
-            vf row = v_load(x + i + j * VL);
-#pragma GCC unroll 4
-            for (int r = 0; r < DOWN_RANKS; r++)
-                sum[r][j] = v_fma(row, v_load(m + r * n + i + j * VL), sum[r][j]);
-        }
-    for (; i + VL <= n; i += VL)
-#pragma GCC unroll 4
-        for (int r = 0; r < DOWN_RANKS; r++)
-            sum[r][0] = v_fma(v_load(x + i), v_load(m + r * n + i), sum[r][0]);
-    if (i < n)
-#pragma GCC unroll 4
-        for (int r = 0; r < DOWN_RANKS; r++)
-            sum[r][1] =
-                v_fma(v_load_some(x + i, n - i), v_load_some(m + r * n + i, n - i), sum[r][1]);
-#pragma GCC unroll 4
-    for (int r = 0; r < DOWN_RANKS; r++)
-        dots[r] = v_sum(v_add(v_add(sum[r][0], sum[r][1]), v_add(sum[r][2], sum[r][3])));
-}
-
 static void FN(lora_down)(const void *p, const struct worker *worker)
 {
     const struct lora_down_args *a = p;
     int64_t begin, end;
     worker_range(worker, a->n_tokens, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++) {
-        const float *x = a->x + t * a->n_cols;
-        float *u = a->u + t * a->rank, dots[DOWN_RANKS];
-        for (int64_t r = 0, n; r < a->rank; r += n) {
-            const float *m = a->m + r * a->n_cols;
-            n = a->rank - r < DOWN_RANKS ? 1 : DOWN_RANKS;
-            if (n == 1)
-                dots[0] = v_dot(x, m, a->n_cols);
-            else
-                dot_ranks(x, m, a->n_cols, dots);
-            for (int64_t i = 0; i < n; i++)
-                u[r + i] = a->accumulate ? u[r + i] + a->scale * dots[i] : a->scale * dots[i];
-        }
-    }
+    for (int64_t t = begin; t < end; t++)
+        down_row(a->x + t * a->n_cols, a->m, a->n_cols, a->rank, a->scale, a->accumulate,
+            a->u + t * a->rank);
 }
 
 enum { UP_COLUMNS = 64 };

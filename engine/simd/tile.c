@@ -6,6 +6,8 @@
  * m rows of floats at distance c_stride. In f32 a step is one element; in bf16 it is a pair of neighbours, a
  * 32-bit lane of b, and strides of a count elements. Each result is one chain in the order of l, so neither the
  * tile's size nor a split of k (continued from c) changes a bit.
+ * While a tile works on its rows, it asks for those of the next one, a line of each in 16 steps: rows of weights are
+ * met once and come from memory, and asking for many lines at a time stops everything until they are there.
  * Bound: m nv steps of arithmetic, m broadcasts and nv loads for each l. */
 
 typedef void (*FP(tile_fn))(int64_t k, const ELEM *a, int64_t a_stride, const LANE *b,
@@ -24,7 +26,7 @@ V_INLINE void PP(tile_body)(const int m, const int nv, int64_t k, const ELEM *a,
         int64_t end = k - first < LINE_STEPS ? k : first + LINE_STEPS;
 #pragma GCC unroll 8
         for (int i = 0; i < m; i++)
-            _mm_prefetch((const char *)(a + (m + i) * a_stride + first * STEP), _MM_HINT_T0);
+            prefetch_row(a, ((m + i) * a_stride + first * STEP) * (int64_t)sizeof(ELEM));
         for (int64_t l = first; l < end; l++) {
             PP(v_step) row[TILE_VECS];
 #pragma GCC unroll 8

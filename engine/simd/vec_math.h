@@ -66,6 +66,12 @@ V_INLINE void prefetch_weights(const void *p)
     _mm_prefetch((const char *)((uintptr_t)p + WEIGHTS_AHEAD), _MM_HINT_T0);
 }
 
+/* Asks for the line `bytes` behind p, which may lie beyond what p points into: there it has no effect. */
+V_INLINE void prefetch_row(const void *p, int64_t bytes)
+{
+    _mm_prefetch((const char *)((uintptr_t)p + (uintptr_t)bytes), _MM_HINT_T0);
+}
+
 /* Sum of a[i] b[i] over n floats: four partial vectors, so that latency does not bound it. */
 V_INLINE float v_dot(const float *a, const float *b, int64_t n)
 {
