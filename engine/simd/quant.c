@@ -223,8 +223,6 @@ V_INLINE void quant_rows(
 
 /* ------------------------------------------------------------------ a few tokens, blocks of 32 as they stand */
 
-/* ------------------------------------------------------------------ a few tokens, blocks of 32 as they stand */
-
 /* Blocks of 32 go from the file to the products in registers: a vector holds 16 code bytes of the same block of some
  * rows, four lanes a row. Scales of a row's VL blocks are picked out of the vectors that these blocks are, then mixed so
  * that one permutation gives the rows' scales of a block. Sums are added as the original's AVX2 kernels add them: a lane
@@ -508,15 +506,11 @@ enum {
     QUANT_TILE = 6,  /* rows of a register tile: 12 sums of codes and 12 results */
 };
 
-/* Types whose groups are as long as the activations' blocks go by bytes; others are decoded, and so are all where
- * half of a panel would stay empty. */
-V_INLINE int multiplies_bytes(const struct linear_args *a)
-{
-    return rounds(a) && scale_group((int)a->type) == QUANT_BLOCK && a->n_tokens > VL;
-}
+/* Where half of a panel would stay empty, weights are decoded. */
+V_INLINE int multiplies_bytes(const struct linear_args *a) { return rounds(a) && a->n_tokens > VL; }
 
-/* A panel of activations: codes [n_in / 4][QUANT_LANES] of four bytes, then scales and sums [block][QUANT_LANES].
- * Lanes without a token are zero. */
+/* A panel of activations: codes [n_in / 4][QUANT_LANES] of four bytes, then scales [block][QUANT_LANES] and sums
+ * [group][QUANT_LANES]. Lanes without a token are zero. */
 struct quant_panel {
     uint32_t *codes;
     float *scale, *sum;
@@ -525,7 +519,8 @@ struct quant_panel {
 V_INLINE struct quant_panel quant_panel_of(const struct linear_args *a, int64_t token)
 {
     struct quant_panel p;
-    int64_t blocks = a->n_in / QUANT_BLOCK, size = (a->n_in / 4 + 2 * blocks) * QUANT_LANES;
+    int64_t blocks = a->n_in / QUANT_BLOCK, groups = a->n_in / scale_group((int)a->type);
+    int64_t size = (a->n_in / 4 + blocks + groups) * QUANT_LANES;
     p.codes = (uint32_t *)a->packed + token / QUANT_LANES * size;
     p.scale = (float *)(void *)(p.codes + a->n_in / 4 * QUANT_LANES);
     p.sum = p.scale + blocks * QUANT_LANES;
@@ -535,28 +530,29 @@ V_INLINE struct quant_panel quant_panel_of(const struct linear_args *a, int64_t 
 static void FN(pack_bytes)(const struct linear_args *a, const struct worker *worker)
 {
     int64_t begin, end, n = a->n_in, blocks = n / QUANT_BLOCK;
+    int64_t group = scale_group((int)a->type), groups = n / group;
     int64_t lanes = (a->n_tokens + QUANT_LANES - 1) / QUANT_LANES * QUANT_LANES;
-    int64_t floats = blocks + VL;
+    int64_t floats = groups + VL;
     float *scale = (float *)(void *)worker->scratch, *sum = scale + VL * floats;
     int8_t *codes = (int8_t *)(sum + VL * floats);
     worker_range(worker, lanes, VL, &begin, &end);
     for (int64_t t = begin; t < end; t += VL) {
         for (int64_t i = 0; i < VL; i++) {
-            struct q8_row row = {codes + i * n, scale + i * floats, sum + i * floats, QUANT_BLOCK};
+            struct q8_row row = {codes + i * n, scale + i * floats, sum + i * floats, group};
             if (t + i < a->n_tokens) {
                 FN(quantize_q8)(a->x + (t + i) * n, n, has_offset((int)a->type), row);
                 continue;
             }
             memset(row.q, 0, (size_t)n);
             memset(row.scale, 0, (size_t)blocks * sizeof *row.scale);
-            memset(row.sum, 0, (size_t)blocks * sizeof *row.sum);
+            memset(row.sum, 0, (size_t)groups * sizeof *row.sum);
         }
         struct quant_panel p = quant_panel_of(a, t);
         int64_t lane = t % QUANT_LANES;
         FN(transpose)((const float *)(const void *)codes, n / 4, VL, n / 4,
             (float *)(void *)(p.codes + lane), QUANT_LANES);
         FN(transpose)(scale, floats, VL, blocks, p.scale + lane, QUANT_LANES);
-        FN(transpose)(sum, floats, VL, blocks, p.sum + lane, QUANT_LANES);
+        FN(transpose)(sum, floats, VL, groups, p.sum + lane, QUANT_LANES);
     }
 }
 
@@ -567,51 +563,54 @@ struct quant_matrix {
     int64_t stride, floats;
 };
 
-/* c[i][j] = sum over blocks of d[i] (e[j] sum of codes) + m[i] sum[j] for QUANT_TILE rows from `first` on. */
-static void FN(quant_tile)(
-    int64_t blocks, const struct quant_matrix *w, int64_t first, struct quant_panel x, float *c)
+/* c[i][j] = sum over groups of d[i] (e[j] sum of codes) + m[i] sum[j] for QUANT_TILE rows from `first` on; a block of
+ * activations has `per_block` groups, a constant where it is called. */
+V_INLINE void quant_tile(const int per_block, int64_t blocks, const struct quant_matrix *w,
+    int64_t first, struct quant_panel x, float *c)
 {
+    const int64_t fours = QUANT_BLOCK / 4 / per_block;
     const uint8_t *q = w->q + first * w->stride;
     const float *d = w->d + first * w->floats, *m = w->m + first * w->floats;
     vf acc[QUANT_TILE][2];
     c += first * QUANT_LANES;
     for (int i = 0; i < QUANT_TILE; i++)
         acc[i][0] = acc[i][1] = v_zero();
-    for (int64_t b = 0; b < blocks; b++) /* offsets in a sum of their own, as in the original */
+    for (int64_t g = 0; g < blocks * per_block;
+        g++) /* offsets in a sum of their own, as in the original */
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
-            vf s = v_load(x.sum + b * QUANT_LANES + j * VL);
+            vf s = v_load(x.sum + g * QUANT_LANES + j * VL);
 #pragma GCC unroll 6
             for (int i = 0; i < QUANT_TILE; i++)
-                acc[i][j] = v_fma(s, v_set1(m[i * w->floats + b]), acc[i][j]);
+                acc[i][j] = v_fma(s, v_set1(m[i * w->floats + g]), acc[i][j]);
         }
     for (int i = 0; i < QUANT_TILE; i++)
         for (int j = 0; j < 2; j++) {
             v_store(c + i * QUANT_LANES + j * VL, acc[i][j]);
             acc[i][j] = v_zero();
         }
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t g = 0; g < blocks * per_block; g++) {
         vi sums[QUANT_TILE][2];
         for (int i = 0; i < QUANT_TILE; i++)
             sums[i][0] = sums[i][1] = v_zero_i();
 #pragma GCC unroll 8
-        for (int64_t l = 0; l < QUANT_BLOCK / 4; l++) {
-            const uint32_t *lanes = x.codes + (b * (QUANT_BLOCK / 4) + l) * QUANT_LANES;
+        for (int64_t l = 0; l < fours; l++) {
+            const uint32_t *lanes = x.codes + (g * fours + l) * QUANT_LANES;
             vi x0 = v_load_bytes(lanes), x1 = v_load_bytes(lanes + VL);
 #pragma GCC unroll 6
             for (int i = 0; i < QUANT_TILE; i++) {
-                vi four = v_set_four(q + i * w->stride + b * QUANT_BLOCK + l * 4);
+                vi four = v_set_four(q + i * w->stride + (g * fours + l) * 4);
                 sums[i][0] = v_dot_bytes(sums[i][0], four, x0);
                 sums[i][1] = v_dot_bytes(sums[i][1], four, x1);
             }
         }
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
-            vf e = v_load(x.scale + b * QUANT_LANES + j * VL);
+            vf e = v_load(x.scale + g / per_block * QUANT_LANES + j * VL);
 #pragma GCC unroll 6
             for (int i = 0; i < QUANT_TILE; i++) {
                 vf part = v_mul(v_from_i32(sums[i][j]), e);
-                acc[i][j] = v_fma(part, v_set1(d[i * w->floats + b]), acc[i][j]);
+                acc[i][j] = v_fma(part, v_set1(d[i * w->floats + g]), acc[i][j]);
             }
         }
     }
@@ -626,14 +625,22 @@ static void FN(quant_block)(
     int64_t rows, int64_t blocks, const struct quant_matrix *w, struct quant_panel x, float *c)
 {
     for (int64_t i = 0; i < rows; i += QUANT_TILE)
-        FN(quant_tile)(blocks, w, i, x, c);
+        quant_tile(1, blocks, w, i, x, c);
 }
+
+static void FN(quant_half_block)(
+    int64_t rows, int64_t blocks, const struct quant_matrix *w, struct quant_panel x, float *c)
+{
+    for (int64_t i = 0; i < rows; i += QUANT_TILE)
+        quant_tile(2, blocks, w, i, x, c);
+}
+
 /* Rows begin ... end of W times all tokens, QUANT_ROWS rows at a time. */
 V_INLINE void quant_chunks(
     int type, const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
     int64_t n = a->n_in, blocks = n / QUANT_BLOCK, row_bytes = row_offset(type, n);
-    struct quant_matrix w = {.stride = n + 64, .floats = blocks + 2 * VL};
+    struct quant_matrix w = {.stride = n + 64, .floats = n / scale_group(type) + 2 * VL};
     float *result = (float *)(void *)scratch;
     w.d = result + QUANT_ROWS * QUANT_LANES;
     w.m = w.d + QUANT_ROWS * w.floats;
@@ -645,7 +652,10 @@ V_INLINE void quant_chunks(
                 w.d + i * w.floats, w.m + i * w.floats);
         for (int64_t t = 0; t < a->n_tokens; t += QUANT_LANES) {
             int64_t tokens = a->n_tokens - t < QUANT_LANES ? a->n_tokens - t : QUANT_LANES;
-            FN(quant_block)(rows, blocks, &w, quant_panel_of(a, t), result);
+            if (scale_group(type) == QUANT_BLOCK)
+                FN(quant_block)(rows, blocks, &w, quant_panel_of(a, t), result);
+            else
+                FN(quant_half_block)(rows, blocks, &w, quant_panel_of(a, t), result);
             FN(transpose)(result, QUANT_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
             if (!is_finished(a))
                 FN(finish_rows)(a, t, t + tokens, o, rows, a->y + t * a->n_out + o, a->n_out);
@@ -653,7 +663,7 @@ V_INLINE void quant_chunks(
     }
 }
 
-_Static_assert((int64_t)QUANT_ROWS *(MAX_ROW + 64 + (MAX_ROW / QUANT_BLOCK + 2 * VL) * 8) +
+_Static_assert((int64_t)QUANT_ROWS *(MAX_ROW + 64 + (2 * MAX_ROW / QUANT_BLOCK + 2 * VL) * 8) +
             QUANT_ROWS * QUANT_LANES * 4 <=
         WORKER_SCRATCH,
     "unpacked rows do not fit a worker's scratch");
