@@ -381,7 +381,7 @@ class Builder:
         return ops.lora_up(graph, w, adapter.b, adapter.a, adapter.scale)
 
     def fixed_norm(self, w: Tensor, adapter: AdapterTensors) -> Tensor:
-        """The same, made once: a step a norm would be two waits a token."""
+        """Make the same once: a step a norm would be two waits a token."""
         graph = Graph(isa=self.graph.isa)
         changed = graph.keep(self.adapted_norm(graph, w, adapter))
         graph.run()

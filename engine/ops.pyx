@@ -325,7 +325,8 @@ cdef class FeedForward(Node):
         for w, adapter in zip((gate, up, down), adapters):
             if adapter is not None:
                 require(meets_within(x, adapter), f"{w.name}: its adapter wants a step of its own")
-                require(fits_adapter(w, adapter[0], adapter[1]), f"{w.name}: its adapter does not fit")
+                fits = fits_adapter(w, adapter[0], adapter[1])
+                require(fits, f"{w.name}: its adapter does not fit")
                 tensors += adapter[:2]
         self.inputs = tuple(tensors)
         self.outputs = (result(down.name + ".out", x.rows, down.rows),)
