@@ -25,7 +25,7 @@ cdef class Graph:
     cdef public bint pairs          # weights that are not F32 may be multiplied in bf16 pairs
     cdef public bint partner        # quantized weights meet activations rounded as they are
     cdef readonly int64_t arena_bytes
-    cdef readonly dict packed       # tensors in the forms that products take, by what asks for them
+    cdef dict packed                # tensors in the forms that products take, by what asks for them
     cdef set kept
     cdef const kernels *table
     cdef step *steps

@@ -68,7 +68,13 @@ def probe(graph: Graph, steps: int = 0, data: Tensor | None = None, unit: str = 
 class Embed(Node):
     def __init__(self, *args: Any) -> None: ...
 
+class Pack(Node):
+    def __init__(self, *args: Any) -> None: ...
+
 class Linear(Node):
+    def __init__(self, *args: Any) -> None: ...
+
+class FeedForward(Node):
     def __init__(self, *args: Any) -> None: ...
 
 class LinearBack(Node):
