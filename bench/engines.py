@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -66,18 +67,20 @@ def of_iterations(stamps: list[float], usage: resource.struct_rusage) -> Figures
     return {"seconds": seconds, "megabytes": usage.ru_maxrss * 1024 / 1e6}
 
 
-class Inference:
+class Inference(ABC):
     """Prompt and generation, for an engine that can forget and evaluate."""
 
+    @abstractmethod
     def load(self, case: Figures, n_ctx: int) -> None:
-        raise NotImplementedError
+        """Make the model ready for so many positions."""
 
+    @abstractmethod
     def evaluate(self, ids: list[int]) -> np.ndarray:
         """Append tokens; logits of the last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
-        raise NotImplementedError
+        """Begin again with no tokens."""
 
     def prompt(self, case: Figures) -> Round:
         ids = token_ids(case["tokens"])

@@ -164,6 +164,45 @@ def test_feed_forward_has_the_bits_of_its_steps(
                 assert_same_bits(whole, prepared(steps, 1, pairs))
 
 
+@pytest.mark.parametrize("dtype", [dtypes.F32, dtypes.BF16, dtypes.Q4_1], ids=lambda t: t.name)
+@pytest.mark.parametrize("n_tokens", [1, 3, 8])
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_few_tokens_meet_adapters_within_the_product_with_the_same_bits(
+    isa: str, dtype: DType, n_tokens: int, rank: int, rng: np.random.Generator
+) -> None:
+    sizes = [(96, 64), (96, 64), (32, 96)]
+    held = [stored(weight(rng, dtype, *s)[0], dtype, *s) for s in sizes]
+    x, base = given(random(rng, n_tokens, 64)), given(random(rng, n_tokens, 32))
+    made = [(given(random(rng, rank, n)), given(random(rng, rank, m)), 0.5) for m, n in sizes]
+    adapters = (made[0], None, made[2])
+
+    def apart(graph: Graph, x: Tensor, w: Tensor, adapter: Any) -> Tensor:
+        """The adapter's products as steps of their own."""
+        y = ops.linear(graph, x, w)
+        return (
+            y
+            if adapter is None
+            else ops.lora_up(graph, y, ops.lora_down(graph, x, adapter[0]), *adapter[1:])
+        )
+
+    def steps(graph: Graph) -> Tensor:
+        graph.partner = True
+        gate, up = (apart(graph, x, held[i], adapters[i]) for i in (0, 1))
+        h = ops.silu_mul(graph, gate, up)
+        return ops.add(graph, base, apart(graph, h, held[2], adapters[2]))
+
+    def whole(graph: Graph) -> Tensor:
+        graph.partner = True
+        return ops.feed_forward(graph, x, *held, base, adapters)
+
+    assert all(ops.meets_within(x, adapter) for adapter in made)
+    assert_same_bits(compute(isa, whole)[0], compute(isa, steps)[0])
+    wide = (given(random(rng, 65, 64)), given(random(rng, 65, 96)), 0.5)
+    assert not ops.meets_within(x, wide)
+    with pytest.raises(ShapeError, match="wants a step of its own"):
+        compute(isa, lambda g: ops.feed_forward(g, x, *held, base, (wide, None, None)))
+
+
 @pytest.mark.parametrize("dtype", ROUNDED, ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17, 65])
 def test_linear_with_rounded_activations_agrees_with_the_formula(
