@@ -61,6 +61,7 @@ cdef extern from "kernels.h" nogil:
         void *packed
         const float *base
         const float *a
+        int64_t halves
 
     struct pack_args:
         int64_t n_tokens, n_in

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engine import llama, ops
-from engine.dtypes import F16, DType
+from engine.dtypes import BY_ID, F16, DType
 from engine.errors import DataError, FormatError, OptionError, ShapeError
 from engine.gguf import GGUFFile, Scalar, read_gguf
 from engine.graph import Graph
 from engine.kernels import prefers_pairs
 from engine.kvcache import KVCache
 from engine.llama import AdapterTensors, Hyperparameters, Weights
-from engine.lora import Adapter, join_adapters
+from engine.lora import Adapter, in_halves, join_adapters
 from engine.perf import OpTimes
 from engine.rope import RopeOptions, Tables
 from engine.self_extend import GroupAttention
@@ -242,7 +242,7 @@ class Context:
         self._cache = KVCache(h.n_layer, n_ctx, h.n_head_kv, h.head_dim, *cache_types)
         self._tables = model.rope_tables(range(n_ctx))
         self._given_adapters = list(adapters)
-        self._adapters = self._join_adapters()
+        self._adapters, self._few_adapters = self._join_adapters()
         # By length, rows of the result, and whether they are logits.
         self._measure = measure
         self._op_times = {False: OpTimes(), True: OpTimes()}  # by: is of more than one token
@@ -261,7 +261,7 @@ class Context:
 
     @property
     def adapters(self) -> Mapping[str, AdapterTensors]:
-        """What all adapters together add to a weight, by its name; scales are multiplied in."""
+        """What all adapters together add to a weight, by its name."""
         return self._adapters
 
     @property
@@ -280,14 +280,17 @@ class Context:
         """
         adapter, _ = self._given_adapters[index]
         self._given_adapters[index] = (adapter, scale)
-        self._adapters = self._join_adapters()
+        self._adapters, self._few_adapters = self._join_adapters()
         self.op_times()  # those of the graphs that go are not to be lost
         self._evaluations.clear()
         self._heads.clear()
 
-    def _join_adapters(self) -> dict[str, AdapterTensors]:
+    def _join_adapters(self) -> tuple[dict[str, AdapterTensors], dict[str, AdapterTensors]]:
         every = dict.fromkeys((*llama.LAYER_TENSORS, "token_embd", "output_norm", "output"), 1)
-        return join_adapters(self._given_adapters, self.model.adapter_shapes(every))
+        joined = join_adapters(self._given_adapters, self.model.adapter_shapes(every))
+        weights = self.model.weights.by_name
+        rounding = [name for name in joined if BY_ID[weights[name].type].block > 1]
+        return in_halves(joined, [name for name in rounding if name != "token_embd"])
 
     def evaluate(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to the cache.
@@ -497,11 +500,12 @@ class Context:
                 ),
             )
 
+        few = len(ids) <= ops.DOT_TOKENS
         builder: llama.Builder = self.model.architecture.Builder(
             graph,
             h,
             self.model.weights.by_name,
-            self._adapters,
+            self._few_adapters if few else self._adapters,
             ids,
             positions,
             self._tables,

@@ -10,6 +10,7 @@ _Ints = NDArray[np.int32]
 _Floats = NDArray[np.float32]
 
 DOT_TOKENS: int
+DOT_RANK: int
 
 def embed(graph: Graph, w: Tensor, ids: _Ints, n_tokens: int) -> Tensor: ...
 def linear(

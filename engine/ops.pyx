@@ -27,12 +27,13 @@ from libc.stdint cimport int32_t, int64_t
 
 # Up to so many tokens together have the bits that each has alone.
 DOT_TOKENS = GEMV_TOKENS
+# A product of so few tokens makes x A' of adapters up to this rank itself.
+DOT_RANK = 64
 
 cdef enum:
     F32 = 0
     F16 = 1
     BF16 = 30
-    WITHIN_RANK = 64
 
 
 cdef int require(bint condition, str message) except -1:
@@ -155,7 +156,7 @@ cdef linear_args product(
     """What the product of x and w is told, without adapter and base."""
     return linear_args(
         n_tokens, w.cols, w.rows, x, w.data, w.type, y, 0, NULL, NULL, 0, partner, pairs, packed,
-        NULL, NULL)
+        NULL, NULL, 0)
 
 
 cdef int adapt(linear_args *a, adapter) except -1:
@@ -163,7 +164,9 @@ cdef int adapt(linear_args *a, adapter) except -1:
     cdef Tensor down, up
     if adapter is not None:
         down, up, a.scale = adapter
-        a.rank, a.a, a.b = down.rows, down.floats(), up.floats()
+        require(down.type == up.type and down.type in (F32, F16), f"{down.name}: of another type")
+        a.rank, a.a, a.b = down.rows, <float *>down.data, <float *>up.data
+        a.halves = down.type == F16
     return 0
 
 
@@ -305,7 +308,7 @@ def meets_within(Tensor x, adapter) -> bool:
     """
     cdef Tensor a = adapter[0], b = adapter[1]
     learns = x.needs_grad or a.needs_grad or b.needs_grad
-    return x.rows <= GEMV_TOKENS and a.rows <= WITHIN_RANK and not learns
+    return x.rows <= GEMV_TOKENS and a.rows <= DOT_RANK and not learns
 
 
 cdef class FeedForward(Node):

@@ -194,7 +194,8 @@ def _signature(context: Context) -> dict[str, str]:
 
 
 def _bytes(adapter: Any) -> Iterable[bytes]:
-    return (factor.numpy().tobytes() for factor in (adapter.a, adapter.b))
+    yield from (factor.numpy().tobytes() for factor in (adapter.a, adapter.b))
+    yield repr(adapter.scale).encode()
 
 
 def _model_digest(file: GGUFFile) -> str:

@@ -203,6 +203,29 @@ def test_few_tokens_meet_adapters_within_the_product_with_the_same_bits(
         compute(isa, lambda g: ops.feed_forward(g, x, *held, base, (wide, None, None)))
 
 
+@pytest.mark.parametrize("dtype", [dtypes.F32, dtypes.Q4_1], ids=lambda t: t.name)
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_factors_stored_as_halves_give_the_bits_of_the_same_numbers_as_floats(
+    isa: str, dtype: DType, rank: int, rng: np.random.Generator, guarded: Guard
+) -> None:
+    for n_in, n_out in widths(dtype):
+        w = stored(weight(rng, dtype, n_out, n_in)[0], dtype, n_out, n_in)
+        x = given(random(rng, 3, n_in))
+        halves = [random(rng, rank, n).astype(np.float16) for n in (n_in, n_out)]
+
+        def adapted(kind: DType, values: list[Any], x: Tensor = x, w: Tensor = w) -> Array:
+            factors = [stored(guarded(v), kind, *v.shape) for v in values]
+
+            def build(graph: Graph) -> Tensor:
+                graph.partner = True
+                return ops.linear(graph, x, w, (*factors, 0.5))
+
+            return compute(isa, build)[0]
+
+        floats = adapted(dtypes.F32, [v.astype(np.float32) for v in halves])
+        assert_same_bits(adapted(dtypes.F16, halves), floats)
+
+
 @pytest.mark.parametrize("dtype", ROUNDED, ids=lambda t: t.name)
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17, 65])
 def test_linear_with_rounded_activations_agrees_with_the_formula(

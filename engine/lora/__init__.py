@@ -37,7 +37,7 @@ from engine.lora.adapter import (
     table_position,
 )
 from engine.lora.forms import form_of_path, read_adapter, refusals, write_adapter
-from engine.lora.join import join_adapters
+from engine.lora.join import in_halves, join_adapters
 
 __all__ = [
     "KINDS",
@@ -52,6 +52,7 @@ __all__ = [
     "create_adapter",
     "file_order",
     "form_of_path",
+    "in_halves",
     "join_adapters",
     "kind_of",
     "layer_of",

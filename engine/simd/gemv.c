@@ -58,6 +58,46 @@ V_INLINE void float_rows(int type, const struct linear_args *a, int64_t begin, i
     }
 }
 
+/* Columns begin ... end of y, on which the products already are: some ranks of an adapter come on top, and last the
+ * base; the sums of finish_lanes, bit by bit. */
+V_INLINE void up_ranks(const struct linear_args *a, const int ranks, const int halves, int64_t t,
+    const float *u, int64_t rank, int64_t begin, int64_t end)
+{
+    vf factor[DOWN_RANKS];
+    const float *base = a->base && rank + ranks == a->rank ? a->base + t * a->n_out : NULL;
+    float *y = a->y + t * a->n_out;
+#pragma GCC unroll 4
+    for (int r = 0; r < ranks; r++)
+        factor[r] = v_set1(a->scale * u[rank + r]);
+    for (int64_t o = begin; o < end; o += VL) {
+        int64_t lanes = at_most(end - o, VL);
+        vf sum = v_load_some(y + o, lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; r++)
+            sum =
+                v_fma(factor[r], load_factor(halves, a->b, (rank + r) * a->n_out + o, lanes), sum);
+        v_store_some(y + o, base ? v_add(v_load_some(base + o, lanes), sum) : sum, lanes);
+    }
+}
+
+/* An adapter beside the products of few tokens. Every worker makes all of x A': that is less than waiting for each
+ * other. */
+V_INLINE void adapt_few(
+    const struct linear_args *a, const int halves, float *u, int64_t begin, int64_t end)
+{
+    for (int64_t t = 0; t < a->n_tokens; t++) {
+        down_row(halves, a->x + t * a->n_in, a->a, a->n_in, a->rank, 1.0f, 0, u);
+        for (int64_t r = 0; r < a->rank;)
+            if (a->rank - r < DOWN_RANKS) {
+                up_ranks(a, 1, halves, t, u, r, begin, end);
+                r += 1;
+            } else {
+                up_ranks(a, DOWN_RANKS, halves, t, u, r, begin, end);
+                r += DOWN_RANKS;
+            }
+    }
+}
+
 /* Rows begin ... end of W with all tokens. */
 static void FN(linear_gemv)(const struct linear_args *a, char *scratch, int64_t begin, int64_t end)
 {
@@ -80,15 +120,13 @@ static void FN(linear_gemv)(const struct linear_args *a, char *scratch, int64_t 
     }
     if (is_finished(a))
         return;
-    struct linear_args whole = *a;
-    if (a->rank > 0 &&
-        !a->u) { /* every worker makes all of it: that is less than waiting for each other */
-        float *u = (float *)(void *)scratch;
-        for (int64_t t = 0; t < a->n_tokens; t++)
-            down_row(a->x + t * a->n_in, a->a, a->n_in, a->rank, 1.0f, 0, u + t * a->rank);
-        whole.u = u;
-    }
-    FN(finish_rows)(&whole, 0, a->n_tokens, begin, end - begin, a->y + begin, a->n_out);
+    float *u = (float *)(void *)scratch;
+    if (a->rank > 0 && !a->u && a->halves)
+        adapt_few(a, 1, u, begin, end);
+    else if (a->rank > 0 && !a->u)
+        adapt_few(a, 0, u, begin, end);
+    else
+        FN(finish_rows)(a, 0, a->n_tokens, begin, end - begin, a->y + begin, a->n_out);
 }
 
 static void FN(pack_for)(const struct linear_args *a, const struct worker *worker)

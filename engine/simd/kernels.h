@@ -24,7 +24,8 @@ struct embed_args {
 
 /* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o] + base[t][o]
  * The second term if rank > 0, the third unless base is NULL. W: n_out stored rows of n_in; u: n_tokens x rank;
- * b: rank x n_out. Where n_tokens <= GEMV_TOKENS, u may be NULL: it is x A' then, with a: rank x n_in.
+ * b: rank x n_out. Where n_tokens <= GEMV_TOKENS, u may be NULL: it is x A' then, with a: rank x n_in, and with
+ * `halves` a and b point to half-precision numbers.
  * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
  * sums) first, as the original does.
  * pairs: where there is a pair product, round x (and W, unless stored so) to bf16 and use it; sums stay float.
@@ -41,6 +42,7 @@ struct linear_args {
     int64_t partner, pairs;
     void *packed;
     const float *base, *a;
+    int64_t halves;
 };
 
 /* down.y = down.base + (silu(x G') (x U')) D'              G, U, D: weights of gate, up and down, with adapters only where

@@ -54,15 +54,29 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
         memcpy(y + a->n_in, row.sum, (size_t)blocks * sizeof *y);
 }
 
+/* `lanes` numbers of an adapter's factor from `at` on: floats or halves. */
+V_INLINE vf load_factor(const int halves, const void *m, int64_t at, int64_t lanes)
+{
+    if (!halves)
+        return v_load_some((const float *)m + at, lanes);
+    const uint16_t *h = (const uint16_t *)m + at;
+    if (lanes == VL)
+        return v_load_f16(h);
+    uint16_t some[VL] = {0};
+    memcpy(some, h, (size_t)lanes * sizeof *h);
+    return v_load_f16(some);
+}
+
 enum { DOWN_RANKS = 4, DOWN_SUMS = 4 };
 
-/* Dots of one row of x with DOWN_RANKS rows of m, x loaded once: the sums of v_dot, bit by bit. */
-V_INLINE void dot_ranks(const float *x, const float *m, int64_t n, float *dots)
+/* Dots of one row of x with `ranks` rows of m, x loaded once: the sums of v_dot, bit by bit. */
+V_INLINE void dot_ranks(
+    const int ranks, const int halves, const float *x, const void *m, int64_t n, float *dots)
 {
     vf sum[DOWN_RANKS][DOWN_SUMS];
     int64_t i = 0;
 #pragma GCC unroll 4
-    for (int r = 0; r < DOWN_RANKS; r++)
+    for (int r = 0; r < ranks; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < DOWN_SUMS; j++)
             sum[r][j] = v_zero();
@@ -71,37 +85,65 @@ V_INLINE void dot_ranks(const float *x, const float *m, int64_t n, float *dots)
         for (int j = 0; j < DOWN_SUMS; j++) {
             vf row = v_load(x + i + j * VL);
 #pragma GCC unroll 4
-            for (int r = 0; r < DOWN_RANKS; r++)
-                sum[r][j] = v_fma(row, v_load(m + r * n + i + j * VL), sum[r][j]);
+            for (int r = 0; r < ranks; r++)
+                sum[r][j] = v_fma(row, load_factor(halves, m, r * n + i + j * VL, VL), sum[r][j]);
         }
     for (; i + VL <= n; i += VL)
 #pragma GCC unroll 4
-        for (int r = 0; r < DOWN_RANKS; r++)
-            sum[r][0] = v_fma(v_load(x + i), v_load(m + r * n + i), sum[r][0]);
+        for (int r = 0; r < ranks; r++)
+            sum[r][0] = v_fma(v_load(x + i), load_factor(halves, m, r * n + i, VL), sum[r][0]);
     if (i < n)
 #pragma GCC unroll 4
-        for (int r = 0; r < DOWN_RANKS; r++)
-            sum[r][1] =
-                v_fma(v_load_some(x + i, n - i), v_load_some(m + r * n + i, n - i), sum[r][1]);
+        for (int r = 0; r < ranks; r++)
+            sum[r][1] = v_fma(
+                v_load_some(x + i, n - i), load_factor(halves, m, r * n + i, n - i), sum[r][1]);
 #pragma GCC unroll 4
-    for (int r = 0; r < DOWN_RANKS; r++)
+    for (int r = 0; r < ranks; r++)
         dots[r] = v_sum(v_add(v_add(sum[r][0], sum[r][1]), v_add(sum[r][2], sum[r][3])));
 }
 
 /* u[r] (+)= scale times the dot of x and row r of m. */
-V_INLINE void down_row(const float *x, const float *m, int64_t n, int64_t rank, float scale,
-    int64_t accumulate, float *u)
+V_INLINE void down_row(const int halves, const float *x, const void *m, int64_t n, int64_t rank,
+    float scale, int64_t accumulate, float *u)
 {
     float dots[DOWN_RANKS];
-    for (int64_t r = 0, some; r < rank; r += some, m += some * n) {
+    for (int64_t r = 0, some; r < rank; r += some) {
+        const char *rows = (const char *)m + r * n * (halves ? 2 : 4);
         some = rank - r < DOWN_RANKS ? 1 : DOWN_RANKS;
         if (some == 1)
-            dots[0] = v_dot(x, m, n);
+            dot_ranks(1, halves, x, rows, n, dots);
         else
-            dot_ranks(x, m, n, dots);
+            dot_ranks(DOWN_RANKS, halves, x, rows, n, dots);
         for (int64_t i = 0; i < some; i++)
             u[r + i] = accumulate ? u[r + i] + scale * dots[i] : scale * dots[i];
     }
+}
+
+/* An adapter is met once a token, like the weights, and its rows are short: what a worker needs of it is asked for
+ * while it multiplies rows of W, A in equal parts and B by the columns of the rows. */
+struct adapter_lines {
+    int64_t of_a, a_step; /* lines of A: asked for, and at a step */
+    int64_t size;         /* bytes of a number */
+};
+
+V_INLINE struct adapter_lines adapter_lines(const struct linear_args *a, int64_t steps)
+{
+    int64_t size = a->halves ? sizeof(uint16_t) : sizeof(float);
+    int64_t lines = a->u ? 0 : a->rank * a->n_in * size / 64 + 1;
+    return (struct adapter_lines){0, (lines + steps - 1) / steps, size};
+}
+
+/* At the step that begins with row o of W, of `rows`. */
+V_INLINE void ask_for_adapter(
+    struct adapter_lines *lines, const struct linear_args *a, int64_t o, int64_t rows)
+{
+    if (a->rank == 0)
+        return;
+    for (int64_t i = 0; i < lines->a_step; i++)
+        prefetch_row(a->a, 64 * lines->of_a++);
+    if (o * lines->size % 64 < rows * lines->size)
+        for (int64_t r = 0; r < a->rank; r++)
+            prefetch_row(a->b, (r * a->n_out + o) * lines->size);
 }
 
 /* Whether nothing comes on top of the products. */

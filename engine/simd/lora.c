@@ -8,7 +8,7 @@ static void FN(lora_down)(const void *p, const struct worker *worker)
     int64_t begin, end;
     worker_range(worker, a->n_tokens, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++)
-        down_row(a->x + t * a->n_cols, a->m, a->n_cols, a->rank, a->scale, a->accumulate,
+        down_row(0, a->x + t * a->n_cols, a->m, a->n_cols, a->rank, a->scale, a->accumulate,
             a->u + t * a->rank);
 }
 
