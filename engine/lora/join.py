@@ -65,15 +65,17 @@ def in_halves(
         The same numbers twice: for products of many tokens, and for those of few.
     """
     floats, halves = dict(joined), dict(joined)
+    rounded = {}
     for name in names:
-        if name not in joined or joined[name].a.rows > DOT_RANK:
-            continue
+        if name in joined and joined[name].a.rows <= DOT_RANK:
+            rounded[name] = rounded_factors(joined[name].a.numpy(), joined[name].b.numpy())
+    together = _Beside(sum(a.size + b.size for a, b, _ in rounded.values()), 2 * len(rounded))
+    for name, (half_a, half_b, exponent) in rounded.items():
         a, b, scale = joined[name]
-        half_a, half_b, exponent = rounded_factors(a.numpy(), b.numpy())
         scale *= 2.0**exponent
         halves[name] = AdapterTensors(
-            Tensor.external(a.name, half_a, *a.shape, F16.id),
-            Tensor.external(b.name, half_b, *b.shape, F16.id),
+            Tensor.external(a.name, together.place(half_a), *a.shape, F16.id),
+            Tensor.external(b.name, together.place(half_b), *b.shape, F16.id),
             scale,
         )
         floats[name] = AdapterTensors(
@@ -82,6 +84,28 @@ def in_halves(
             scale,
         )
     return floats, halves
+
+
+class _Beside:
+    """Halves in one array, each matrix from a line of 64 bytes on.
+
+    A token would meet every page once and wait for its address; arrays of at least 4 MiB get large
+    pages from NumPy, where the system has them.
+    """
+
+    LINE = 32
+
+    def __init__(self, size: int, count: int) -> None:
+        size = max(size + self.LINE * (count + 1), 3 << 20)
+        self.array = np.zeros(size, np.float16)
+        self.used = -(self.array.ctypes.data // 2) % self.LINE
+
+    def place(self, values: NDArray[np.float16]) -> NDArray[np.float16]:
+        """Copy some values to the next place."""
+        at = self.array[self.used : self.used + values.size]
+        at[:] = values.reshape(-1)
+        self.used += -(-values.size // self.LINE) * self.LINE
+        return at
 
 
 def rounded_factors(

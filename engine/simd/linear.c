@@ -119,31 +119,32 @@ V_INLINE void down_row(const int halves, const float *x, const void *m, int64_t 
     }
 }
 
-/* An adapter is met once a token, like the weights, and its rows are short: what a worker needs of it is asked for
- * while it multiplies rows of W, A in equal parts and B by the columns of the rows. */
+/* An adapter is met once a token, like the weights, and its rows are short. What a worker needs of it, all of A and
+ * columns begin ... end of B, is asked for while it multiplies the first half of its rows: lines at a step. */
 struct adapter_lines {
-    int64_t of_a, a_step; /* lines of A: asked for, and at a step */
-    int64_t size;         /* bytes of a number */
+    int64_t begin, end, size; /* size: bytes of a number */
+    int64_t of_a, a_step, of_b, b_step;
 };
 
-V_INLINE struct adapter_lines adapter_lines(const struct linear_args *a, int64_t steps)
+V_INLINE struct adapter_lines adapter_lines(
+    const struct linear_args *a, int64_t begin, int64_t end, int64_t rows)
 {
     int64_t size = a->halves ? sizeof(uint16_t) : sizeof(float);
-    int64_t lines = a->u ? 0 : a->rank * a->n_in * size / 64 + 1;
-    return (struct adapter_lines){0, (lines + steps - 1) / steps, size};
+    int64_t steps = (end - begin + 2 * rows - 1) / (2 * rows);
+    int64_t lines_a = a->u ? 0 : a->rank * a->n_in * size / 64 + 1;
+    int64_t lines_b = (end - begin) * size / 64 + 1;
+    return (struct adapter_lines){
+        begin, end, size, 0, (lines_a + steps - 1) / steps, 0, (lines_b + steps - 1) / steps};
 }
 
-/* At the step that begins with row o of W, of `rows`. */
-V_INLINE void ask_for_adapter(
-    struct adapter_lines *lines, const struct linear_args *a, int64_t o, int64_t rows)
+V_INLINE void ask_for_adapter(struct adapter_lines *l, const struct linear_args *a)
 {
-    if (a->rank == 0)
-        return;
-    for (int64_t i = 0; i < lines->a_step; i++)
-        prefetch_row(a->a, 64 * lines->of_a++);
-    if (o * lines->size % 64 < rows * lines->size)
+    int64_t bytes_b = (l->end - l->begin) * l->size;
+    for (int64_t i = 0; i < l->a_step && 64 * l->of_a < a->rank * a->n_in * l->size; i++)
+        prefetch_row(a->a, 64 * l->of_a++);
+    for (int64_t i = 0; i < l->b_step && 64 * l->of_b < bytes_b; i++, l->of_b++)
         for (int64_t r = 0; r < a->rank; r++)
-            prefetch_row(a->b, (r * a->n_out + o) * lines->size);
+            prefetch_row(a->b, (r * a->n_out + l->begin) * l->size + 64 * l->of_b);
 }
 
 /* Whether nothing comes on top of the products. */

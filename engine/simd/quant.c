@@ -451,9 +451,9 @@ V_INLINE void stream_rows(
         }
         return;
     }
-    struct adapter_lines lines = adapter_lines(a, (end - begin) / ROWS);
+    struct adapter_lines adapter = adapter_lines(a, begin, end, ROWS);
     for (int64_t o = begin; o < end; o += ROWS) {
-        ask_for_adapter(&lines, a, o, ROWS);
+        ask_for_adapter(&adapter, a);
         if (o > end - ROWS)
             o = end - ROWS; /* some rows once more */
         for (int64_t at = 0; at < ROWS * row_bytes; at += 64)
