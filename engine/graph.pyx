@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import ShapeError
 
-from engine.kernels cimport WORKER_SCRATCH, kernels, op_fn, step, team_clock, team_run
+from engine.kernels cimport MAX_WORKERS, WORKER_SCRATCH, kernels, op_fn, step, team_clock, team_run
 from engine.kernels cimport table as table_of
 from engine.tensor cimport Tensor
 from libc.stdint cimport int64_t
@@ -18,7 +18,6 @@ from libc.stdlib cimport calloc, free
 
 cdef enum:
     ALIGNMENT = 64
-    MAX_THREADS = 512
 
 
 cdef char *aligned(object owner):
@@ -129,8 +128,8 @@ cdef class Graph:
     """
 
     def __cinit__(self, int n_threads=1, isa=None):
-        if not 1 <= n_threads <= MAX_THREADS:
-            raise ShapeError(f"{n_threads} threads: from 1 to {MAX_THREADS} can be used")
+        if not 1 <= n_threads <= MAX_WORKERS:
+            raise ShapeError(f"{n_threads} threads: from 1 to {MAX_WORKERS} can be used")
         self.nodes = []
         self.kept = set()
         self.packed = {}

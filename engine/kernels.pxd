@@ -11,6 +11,7 @@ cdef extern from "team.h" nogil:
         const void *args
         int64_t barrier
     enum:
+        MAX_WORKERS
         WORKER_SCRATCH
     struct team_clock:
         int64_t *steps

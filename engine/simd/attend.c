@@ -35,21 +35,48 @@ static void FP(pack_queries)(const struct query_block *b, const float *src, int6
     }
 }
 
-/* n rows of floats (KEYS at most) as rows of elements. */
-static void FP(element_rows)(const float *rows, int64_t n, int64_t stride, ELEM *out)
+/* Keys or values of one head, n rows from `row` on: where they are, and in what type. */
+struct PP(key_source) {
+    const void *src;
+    int type;
+    int64_t row, n, width, column, dim;
+};
+
+/* Row j as `stride` floats of a buffer that is zero beyond them; zero where there is no such row. */
+V_INLINE void FP(key_row)(const struct PP(key_source) * s, int64_t j, float *row)
 {
-    for (int64_t i = 0; i < n; i++) {
-        const ELEM *made = PP(as_row)(rows + i * stride, stride, out + i * stride);
-        if (made != out + i * stride)
-            memcpy(out + i * stride, made, (size_t)stride * sizeof *made);
+    if (j < s->n)
+        FN(decode_row)(s->type,
+            (const char *)s->src + row_offset(s->type, (s->row + j) * s->width + s->column), s->dim,
+            row);
+    else
+        memset(row, 0, (size_t)s->dim * sizeof *row);
+}
+
+/* KEYS rows of elements. */
+static void FP(key_rows)(const struct PP(key_source) * s, int64_t stride, ELEM *out)
+{
+    float row[ATTENTION_MAX_DIM + VL] = {0};
+    for (int64_t j = 0; j < KEYS; j++, out += stride) {
+        FP(key_row)(s, j, row);
+        const ELEM *made = PP(as_row)(row, stride, out);
+        if (made != out)
+            memcpy(out, made, (size_t)stride * sizeof *made);
     }
 }
 
-/* dst[i][j] = rows[j][i]: d rows of KEYS elements from KEYS rows of floats. */
-static void FP(turned_rows)(const float *rows, int64_t stride, int64_t d, float *turned, ELEM *out)
+/* The same turned: `dim` rows of KEYS elements, by way of `steps`. */
+static void FP(turned_key_rows)(
+    const struct PP(key_source) * s, int64_t stride, LANE *steps, ELEM *out)
 {
-    FN(transpose)(rows, stride, KEYS, d, turned, KEYS);
-    FP(element_rows)(turned, d, KEYS, out);
+    float rows[STEP][ATTENTION_MAX_DIM + VL] = {{0}};
+    for (int64_t j = 0; j < KEYS; j += STEP) {
+        for (int64_t i = 0; i < STEP; i++)
+            FP(key_row)(s, j + i, rows[i]);
+        PP(interleave)(rows[0], ATTENTION_MAX_DIM + VL, stride, steps + j / STEP * stride);
+    }
+    FN(transpose)((const float *)(const void *)steps, stride, KEYS / STEP, s->dim,
+        (float *)(void *)out, KEYS / STEP);
 }
 
 /* Scores of a panel, `rows` keys from key0 on, to probabilities relative to each lane's running maximum, packed.
@@ -106,12 +133,13 @@ static void FP(unpack_lanes)(const struct query_block *b, const float *panel, in
     int64_t n_query, int64_t n_head, int64_t d, float *dst)
 {
     float rows[VL * ATTENTION_MAX_DIM];
+    struct query q = query_at(b, first);
     for (int64_t l = first; l < b->lanes && l < first + TILE_LANES; l += VL) {
-        int64_t n = b->lanes - l < VL ? b->lanes - l : VL;
+        int64_t n = at_most(b->lanes - l, VL);
         FN(transpose)(panel + l - first, TILE_LANES, d, VL, rows, d);
-        for (int64_t i = 0; i < n; i++)
-            memcpy(dst + query_offset(b, n_query, n_head, d, l + i), rows + i * d,
-                (size_t)d * sizeof *dst);
+        for (int64_t i = 0; i < n; i++, q = next_query(b, q))
+            memcpy(
+                dst + query_row(b, n_query, n_head, q) * d, rows + i * d, (size_t)d * sizeof *dst);
     }
 }
 
@@ -120,7 +148,7 @@ V_INLINE int64_t PP(seen_rows)(
     const struct query_block *b, int64_t panel, int64_t n_past, int64_t key0)
 {
     int64_t last = panel + TILE_LANES < b->lanes ? panel + TILE_LANES : b->lanes;
-    int64_t seen = n_past + b->first + (last - 1) / b->group + 1 - key0;
+    int64_t seen = n_past + lane_token(b, last - 1) + 1 - key0;
     return seen <= 0 ? 0 : seen < KEYS ? (seen + 31) / 32 * 32 : KEYS;
 }
 
@@ -128,7 +156,7 @@ V_INLINE int64_t PP(seen_rows)(
 V_INLINE int PP(is_masked)(const struct query_block *b, int64_t panel, int64_t n_past,
     const float *start, int64_t key0, int64_t rows)
 {
-    int64_t all = n_past + b->first + panel / b->group + 1;
+    int64_t all = n_past + lane_token(b, panel) + 1;
     int masked = panel + TILE_LANES > b->lanes || key0 + rows > all;
     for (int64_t l = panel; l < b->lanes && l < panel + TILE_LANES; l++)
         masked |= start[l] > (float)key0;
@@ -141,11 +169,11 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
     int64_t n_past = a->n_past ? *a->n_past : 0, width = a->n_head_kv * d;
     int64_t lanes = whole_panels(b.lanes);
     float *out = (float *)(void *)scratch, *score = out + lanes * d;
-    float *rows = score + KEYS * TILE_LANES, *turned = rows + KEYS * dp;
-    float *maximum = turned + KEYS * dp, *sum = maximum + lanes, *limit = sum + lanes;
+    float *maximum = score + KEYS * TILE_LANES, *sum = maximum + lanes, *limit = sum + lanes;
     float *start = limit + lanes, *correction = start + lanes;
     LANE *queries = (LANE *)(correction + TILE_LANES), *p = queries + lanes * dk / STEP;
-    ELEM *keys = (ELEM *)(p + KEYS / STEP * TILE_LANES), *values = keys + KEYS * dp;
+    LANE *steps = p + KEYS / STEP * TILE_LANES;
+    ELEM *keys = (ELEM *)(steps + KEYS / STEP * dp), *values = keys + KEYS * dp;
     FP(pack_queries)(&b, a->q, a->n_query, a->n_head, d, a->scale, queries);
     FN(visible_keys)(&b, a->n_query, n_past, a->first_key, lanes, limit, start);
     for (int64_t l = 0; l < lanes; l++) {
@@ -153,15 +181,15 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
         sum[l] = 0;
     }
     memset(out, 0, (size_t)(lanes * d) * sizeof *out);
-    int64_t visible = n_past + b.first + b.tokens;
+    int64_t visible = n_past + lane_token(&b, b.lanes - 1) + 1;
     int64_t key0 = first_visible(&b, a->n_query, a->first_key) / KEYS * KEYS;
     for (; key0 < visible; key0 += KEYS) {
         int64_t n = visible - key0 < KEYS ? visible - key0 : KEYS;
         int64_t row = b.seq * a->kv_seq_rows + key0;
-        FN(load_keys)(a->k, (int)a->k_type, row, n, width, b.head * d, d, rows, dp);
-        FP(element_rows)(rows, KEYS, dp, keys);
-        FN(load_keys)(a->v, (int)a->v_type, row, n, width, b.head * d, d, rows, dp);
-        FP(turned_rows)(rows, dp, d, turned, values);
+        struct PP(key_source) k = {a->k, (int)a->k_type, row, n, width, b.head * d, d};
+        struct PP(key_source) v = {a->v, (int)a->v_type, row, n, width, b.head * d, d};
+        FP(key_rows)(&k, dp, keys);
+        FP(turned_key_rows)(&v, dp, steps, values);
         for (int64_t l = 0; l < b.lanes; l += TILE_LANES) {
             int64_t m = PP(seen_rows)(&b, l, n_past, key0);
             if (m == 0)
@@ -177,9 +205,10 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
                 d, TILE_LANES, m / STEP, values, KEYS, p, TILE_LANES, o, TILE_LANES, 1, NULL);
         }
     }
-    for (int64_t l = 0; l < lanes; l++) {
+    struct query q = query_at(&b, 0);
+    for (int64_t l = 0; l < lanes; l++, q = next_query(&b, q)) {
         if (a->lse && l < b.lanes)
-            a->lse[query_offset(&b, a->n_query, a->n_head, 1, l)] = maximum[l] + logf(sum[l]);
+            a->lse[query_row(&b, a->n_query, a->n_head, q)] = maximum[l] + logf(sum[l]);
         sum[l] = 1.0f / sum[l];
     }
     for (int64_t l = 0; l < b.lanes; l += TILE_LANES) {
@@ -195,7 +224,8 @@ struct PP(back_space) {
     LANE *query_rows, *dout_rows;       /* [panel][step of TILE_LANES][dp] */
     float *dq;                          /* [panel][d][TILE_LANES] */
     float *limit, *start, *lse, *delta; /* a lane */
-    float *rows, *turned, *p, *dp, *dk, *dv;
+    float *rows, *score, *dp, *dk, *dv;
+    LANE *steps;
     ELEM *keys, *turned_keys, *values, *p_rows, *ds_rows;
     LANE *ds;
 };
@@ -220,8 +250,8 @@ static int64_t FP(back_places)(struct PP(back_space) * s, int64_t lanes, int64_t
     PLACE(lse, lanes);
     PLACE(delta, lanes);
     PLACE(rows, KEYS * dp);
-    PLACE(turned, KEYS * dp);
-    PLACE(p, KEYS * TILE_LANES);
+    PLACE(steps, KEYS / STEP * dp);
+    PLACE(score, KEYS * TILE_LANES);
     PLACE(dp, KEYS * TILE_LANES);
     PLACE(dk, KEYS * dp);
     PLACE(dv, KEYS * dp);
@@ -249,41 +279,44 @@ static void FP(pack_query_rows)(const struct attention_back_args *a, const struc
 }
 
 /* Probabilities again from the saved log-sum, P = e^(S - lse), and dS = P (dP - delta); both as rows, dS packed. */
-V_INLINE void PP(score_gradient)(int64_t rows, int64_t key0, const float *limit, const float *start,
-    const float *lse, const float *delta, const float *score, float *p, float *dp, LANE *ds)
+V_INLINE void PP(score_gradient)(
+    const int masked, int64_t rows, int64_t key0, const struct PP(back_space) * s, int64_t l)
 {
     for (int64_t j = 0; j < TILE_LANES; j += VL) {
-        vf end = v_sub(v_load(limit + j), v_set1((float)key0));
-        vf begin = v_sub(v_load(start + j), v_set1((float)key0));
-        vf log_sum = v_load(lse + j), mean = v_load(delta + j);
+        vf end = v_sub(v_load(s->limit + l + j), v_set1((float)key0));
+        vf begin = v_sub(v_load(s->start + l + j), v_set1((float)key0));
+        vf log_sum = v_load(s->lse + l + j), mean = v_load(s->delta + l + j);
         for (int64_t i = 0; i < rows; i += 2) {
             vf gradient[2];
             for (int k = 0; k < 2; k++) {
                 int64_t at = (i + k) * TILE_LANES + j;
-                vf key = v_set1((float)(i + k)), e = PP(v_softmax_exp)(v_load(score + at), log_sum);
-                e = v_select_less(key, end, v_select_less(key, begin, v_zero(), e), v_zero());
-                gradient[k] = v_mul(e, v_sub(v_load(dp + at), mean));
-                v_store(p + at, e);
-                v_store(dp + at, gradient[k]);
+                vf key = v_set1((float)(i + k));
+                vf e = PP(v_softmax_exp)(v_load(s->score + at), log_sum);
+                if (masked)
+                    e = v_select_less(key, end, v_select_less(key, begin, v_zero(), e), v_zero());
+                gradient[k] = v_mul(e, v_sub(v_load(s->dp + at), mean));
+                PP(v_store_row)(s->p_rows + at, e);
+                PP(v_store_row)(s->ds_rows + at, gradient[k]);
             }
-            PP(v_store_two)(ds + i / STEP * TILE_LANES + j, TILE_LANES, gradient[0], gradient[1]);
+            PP(v_store_two)(
+                s->ds + i / STEP * TILE_LANES + j, TILE_LANES, gradient[0], gradient[1]);
         }
     }
 }
 
 /* What one panel of queries adds to dk, dv and dq through the keys key0 ... key0 + m. */
 static void FP(attend_back_panel)(
-    const struct PP(back_space) * s, int64_t d, int64_t l, int64_t key0, int64_t m)
+    const struct PP(back_space) * s, int64_t d, int64_t l, int64_t key0, int64_t m, int masked)
 {
     int64_t dk = PP(padded_dim)(d), dp = padded(dk), steps = dk / STEP, at = l / STEP * dp;
-    FP(block_product)(m, TILE_LANES, steps, s->keys, dp, s->queries + l * steps, TILE_LANES, s->p,
-        TILE_LANES, 0, NULL);
+    FP(block_product)(m, TILE_LANES, steps, s->keys, dp, s->queries + l * steps, TILE_LANES,
+        s->score, TILE_LANES, 0, NULL);
     FP(block_product)(m, TILE_LANES, steps, s->values, dp, s->dout + l * steps, TILE_LANES, s->dp,
         TILE_LANES, 0, NULL);
-    PP(score_gradient)(
-        m, key0, s->limit + l, s->start + l, s->lse + l, s->delta + l, s->p, s->p, s->dp, s->ds);
-    FP(element_rows)(s->p, m, TILE_LANES, s->p_rows);
-    FP(element_rows)(s->dp, m, TILE_LANES, s->ds_rows);
+    if (masked)
+        PP(score_gradient)(1, m, key0, s, l);
+    else
+        PP(score_gradient)(0, m, key0, s, l);
     FP(block_product)(
         m, dp, TILE_LANES / STEP, s->p_rows, TILE_LANES, s->dout_rows + at, dp, s->dv, dp, 1, NULL);
     FP(block_product)(m, dp, TILE_LANES / STEP, s->ds_rows, TILE_LANES, s->query_rows + at, dp,
@@ -306,26 +339,27 @@ static void FP(attend_back_block)(
     FP(pack_query_rows)(a, b, a->dout, 1.0f, s.rows, s.dout_rows);
     FN(visible_keys)(b, a->n_query, 0, a->first_key, lanes, s.limit, s.start);
     memset(s.dq, 0, (size_t)(lanes * d) * sizeof *s.dq);
-    for (int64_t l = 0; l < lanes; l++) {
-        int64_t at = query_offset(b, a->n_query, a->n_head, 1, l);
+    struct query q = query_at(b, 0);
+    for (int64_t l = 0; l < lanes; l++, q = next_query(b, q)) {
+        int64_t at = query_row(b, a->n_query, a->n_head, q);
         s.lse[l] = l < b->lanes ? a->lse[at] : 0.0f;
         s.delta[l] = l < b->lanes ? a->delta[at] : 0.0f;
     }
     int64_t key0 = first_visible(b, a->n_query, a->first_key) / KEYS * KEYS;
-    for (; key0 < b->first + b->tokens; key0 += KEYS) {
+    for (; key0 <= lane_token(b, b->lanes - 1); key0 += KEYS) {
         int64_t n = a->n_query - key0 < KEYS ? a->n_query - key0 : KEYS;
         int64_t row = b->seq * a->n_query + key0, column = b->head * d;
-        FN(load_keys)(a->k, TYPE_F32, row, n, width, column, d, s.rows, dp);
-        FP(element_rows)(s.rows, KEYS, dp, s.keys);
-        FP(turned_rows)(s.rows, dp, d, s.turned, s.turned_keys);
-        FN(load_keys)(a->v, TYPE_F32, row, n, width, column, d, s.rows, dp);
-        FP(element_rows)(s.rows, KEYS, dp, s.values);
+        struct PP(key_source) k = {a->k, TYPE_F32, row, n, width, column, d};
+        struct PP(key_source) v = {a->v, TYPE_F32, row, n, width, column, d};
+        FP(key_rows)(&k, dp, s.keys);
+        FP(turned_key_rows)(&k, dp, s.steps, s.turned_keys);
+        FP(key_rows)(&v, dp, s.values);
         FN(load_keys)(a->dk, TYPE_F32, row, n, width, column, d, s.dk, dp);
         FN(load_keys)(a->dv, TYPE_F32, row, n, width, column, d, s.dv, dp);
         for (int64_t l = 0; l < b->lanes; l += TILE_LANES) {
             int64_t m = PP(seen_rows)(b, l, 0, key0);
             if (m > 0)
-                FP(attend_back_panel)(&s, d, l, key0, m);
+                FP(attend_back_panel)(&s, d, l, key0, m, PP(is_masked)(b, l, 0, s.start, key0, m));
         }
         for (int64_t j = 0; j < n; j++) {
             int64_t to = (row + j) * width + column;
@@ -350,15 +384,13 @@ static void FP(attend_back)(
     int64_t lanes = BACK_LANES, d = a->head_dim, width = a->n_head_kv * d;
     while (FP(back_places)(&s, lanes, d, scratch) > WORKER_SCRATCH)
         lanes /= 2;
-    int64_t tokens = query_tokens(b.group, lanes);
     for (int64_t j = 0; j < a->n_query; j++) {
         int64_t to = (seq * a->n_query + j) * width + head * d;
         memset(a->dk + to, 0, (size_t)d * sizeof(float));
         memset(a->dv + to, 0, (size_t)d * sizeof(float));
     }
-    for (; b.first < a->n_query; b.first += tokens) {
-        b.tokens = a->n_query - b.first < tokens ? a->n_query - b.first : tokens;
-        b.lanes = b.tokens * b.group;
+    for (; b.first < a->n_query * b.group; b.first += lanes) {
+        b.lanes = at_most(a->n_query * b.group - b.first, lanes);
         FP(attend_back_block)(a, &b, scratch);
     }
 }

@@ -42,7 +42,7 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
         FN(transpose)(part, lanes, KEYS, lanes, score + j, stride);
     }
     for (int64_t l = 0; l < b->lanes; l++) {
-        int64_t token = b->first + l / b->group, sees = n_past + token + 1 - key0;
+        int64_t token = lane_token(b, l), sees = n_past + token + 1 - key0;
         int64_t hidden = a->first_key ? a->first_key[b->seq * a->n_query + token] - key0 : 0;
         float *s = score + l * stride, *r = result + l * part_floats(d);
         sees = sees < 0 ? 0 : sees < n ? sees : n;
@@ -93,7 +93,6 @@ static void FN(join_parts)(
 static void FN(attend_few)(const struct attention_args *a, const struct worker *worker)
 {
     int64_t group = a->n_head / a->n_head_kv, heads = a->n_seq * a->n_head_kv;
-    int64_t tokens = query_tokens(group, QUERY_LANES);
     int64_t visible = (a->n_past ? *a->n_past : 0) + a->n_query;
     int64_t parts = (visible + SPLIT_KEYS - 1) / SPLIT_KEYS;
     int64_t lanes = a->n_query * group, stride = part_floats(a->head_dim);
@@ -102,11 +101,10 @@ static void FN(attend_few)(const struct attention_args *a, const struct worker *
         struct query_block b = {
             .seq = head / a->n_head_kv, .head = head % a->n_head_kv, .group = group};
         int64_t end = key0 + SPLIT_KEYS < visible ? key0 + SPLIT_KEYS : visible;
-        for (; b.first < a->n_query; b.first += tokens) {
-            b.tokens = a->n_query - b.first < tokens ? a->n_query - b.first : tokens;
-            b.lanes = b.tokens * group;
-            FN(attend_part)(a, &b, key0, end, worker->scratch,
-                a->parts + (i * lanes + b.first * group) * stride);
+        for (; b.first < lanes; b.first += WIDE_LANES) {
+            b.lanes = at_most(lanes - b.first, WIDE_LANES);
+            FN(attend_part)(
+                a, &b, key0, end, worker->scratch, a->parts + (i * lanes + b.first) * stride);
         }
     }
     team_barrier(worker);
@@ -117,24 +115,65 @@ static void FN(attend_few)(const struct attention_args *a, const struct worker *
             .head = i / lanes % a->n_head_kv,
             .group = group,
             .lanes = lanes};
-        int64_t at = query_offset(&b, a->n_query, a->n_head, 1, i % lanes);
+        int64_t at = query_row(&b, a->n_query, a->n_head, query_at(&b, i % lanes));
         FN(join_parts)(a->parts + i * stride, parts, heads * lanes * stride, a->head_dim,
             a->out + at * a->head_dim, a->lse ? a->lse + at : NULL);
     }
 }
 
-/* Item of the forward pass; the blocks that see most keys come first. */
-V_INLINE struct query_block query_block_of(const struct attention_args *a, int64_t item)
+/* The lanes of all queries of a key head in blocks of about equal length, whole panels. */
+struct query_blocks {
+    int64_t heads, lanes, length, count;
+};
+
+V_INLINE struct query_blocks query_blocks_of(const struct attention_args *a)
+{
+    int64_t lanes = a->n_query * (a->n_head / a->n_head_kv);
+    int64_t most = a->head_dim <= QUERY_DIM ? QUERY_LANES : WIDE_LANES;
+    int64_t count = (lanes + most - 1) / most, length = whole_panels((lanes + count - 1) / count);
+    return (struct query_blocks){
+        a->n_seq * a->n_head_kv, lanes, length, (lanes + length - 1) / length};
+}
+
+/* The blocks that see most keys come first. */
+V_INLINE struct query_block query_block_of(
+    const struct attention_args *a, const struct query_blocks *all, int64_t item)
 {
     struct query_block b = {.group = a->n_head / a->n_head_kv};
-    int64_t tokens = query_tokens(b.group, QUERY_LANES);
-    int64_t blocks = (a->n_query + tokens - 1) / tokens, heads = a->n_seq * a->n_head_kv;
-    b.first = (blocks - 1 - item / heads) * tokens;
-    b.head = item % heads % a->n_head_kv;
-    b.seq = item % heads / a->n_head_kv;
-    b.tokens = a->n_query - b.first < tokens ? a->n_query - b.first : tokens;
-    b.lanes = b.tokens * b.group;
+    b.first = (all->count - 1 - item / all->heads) * all->length;
+    b.head = item % all->heads % a->n_head_kv;
+    b.seq = item % all->heads / a->n_head_kv;
+    b.lanes = at_most(all->lanes - b.first, all->length);
     return b;
+}
+
+static void FN(attend_block)(
+    const struct attention_args *a, struct query_block b, const struct worker *worker)
+{
+#ifdef HAVE_PAIR_PRODUCT
+    if (a->pairs) {
+        CAT(attend_bf16, VARIANT)(a, b, worker->scratch);
+        return;
+    }
+#endif
+    CAT(attend_f32, VARIANT)(a, b, worker->scratch);
+}
+
+/* Each worker reckons who has how much to do: a block goes to the one that has least so far. */
+static void FN(attend_many)(const struct attention_args *a, const struct worker *worker)
+{
+    struct query_blocks all = query_blocks_of(a);
+    int64_t n_past = a->n_past ? *a->n_past : 0;
+    int64_t load[MAX_WORKERS] = {0};
+    for (int64_t item = 0; item < all.heads * all.count; item++) {
+        struct query_block b = query_block_of(a, &all, item);
+        int idle = 0;
+        for (int i = 1; i < worker->count; i++)
+            idle = load[i] < load[idle] ? i : idle;
+        load[idle] += b.lanes * (n_past + lane_token(&b, b.lanes / 2) + 1);
+        if (idle == worker->index)
+            FN(attend_block)(a, b, worker);
+    }
 }
 
 static void FN(attention)(const void *p, const struct worker *worker)
@@ -144,19 +183,15 @@ static void FN(attention)(const void *p, const struct worker *worker)
         FN(attend_few)(a, worker);
         return;
     }
-    int64_t tokens = query_tokens(a->n_head / a->n_head_kv, QUERY_LANES);
-    int64_t items = a->n_seq * a->n_head_kv * ((a->n_query + tokens - 1) / tokens);
 #ifdef HAVE_PAIR_PRODUCT
-    if (a->pairs) {
+    if (a->pairs)
         matrix_begin_bf16();
-        for (int64_t item = worker->index; item < items; item += worker->count)
-            CAT(attend_bf16, VARIANT)(a, query_block_of(a, item), worker->scratch);
-        matrix_end_bf16();
-        return;
-    }
 #endif
-    for (int64_t item = worker->index; item < items; item += worker->count)
-        CAT(attend_f32, VARIANT)(a, query_block_of(a, item), worker->scratch);
+    FN(attend_many)(a, worker);
+#ifdef HAVE_PAIR_PRODUCT
+    if (a->pairs)
+        matrix_end_bf16();
+#endif
 }
 
 /* delta[t][h] = dout[t][h] . out[t][h], which is sum_j p_j dp_j */

@@ -174,13 +174,17 @@ static void FP(gated)(const struct feed_forward_args *f, const struct worker *wo
     PP(matrix_end)();
 }
 
-/* A step of n columns in panels, from rows as they are stored. */
-V_INLINE void FP(store_panels)(const ELEM *const *row, int64_t n, int64_t steps, LANE *dst)
+/* A step of n columns in panels, from rows as they are stored; the same columns of rows `ahead` bytes on are asked for. */
+V_INLINE void FP(store_panels)(
+    const ELEM *const *row, int64_t n, int64_t steps, int64_t ahead, LANE *dst)
 {
     for (int64_t j = 0; j < n; j += TILE_LANES) {
         const ELEM *part[STEP];
-        for (int64_t i = 0; i < STEP; i++)
+        for (int64_t i = 0; i < STEP; i++) {
             part[i] = row[i] + j;
+            for (int64_t l = 0; l < TILE_LANES * (int64_t)sizeof(ELEM); l += 64)
+                prefetch_row(part[i], ahead + l);
+        }
         PP(interleave_stored)(part, at_most(n - j, TILE_LANES), dst + j * steps);
     }
 }
@@ -193,6 +197,7 @@ static void FP(weight_panels)(const struct linear_back_args *a, int64_t o, int64
     int64_t row_bytes = row_offset(type, a->n_in), steps = (rows + STEP - 1) / STEP;
     const char *w = (const char *)a->w + o * row_bytes + row_offset(type, first);
     int stored = PP(stored_as_row)(type, w) && n % VL == 0;
+    int64_t ahead = (WEIGHTS_AHEAD + row_bytes - 1) / row_bytes * row_bytes;
     float segment[STEP][BACK_COLUMNS + VL];
     memset(segment, 0, sizeof segment);
     for (int64_t l = 0; l < rows; l += STEP, w += STEP * row_bytes) {
@@ -201,7 +206,7 @@ static void FP(weight_panels)(const struct linear_back_args *a, int64_t o, int64
             const ELEM *row[STEP];
             for (int64_t i = 0; i < STEP; i++)
                 row[i] = (const ELEM *)(const void *)(w + i * row_bytes);
-            FP(store_panels)(row, n, steps, dst);
+            FP(store_panels)(row, n, steps, ahead, dst);
             continue;
         }
         for (int64_t i = 0; i < STEP; i++) {

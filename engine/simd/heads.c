@@ -1,12 +1,15 @@
 /* What the kinds of attention share: which rows of queries, keys and values belong to a head, and how they come
  * into a worker's buffers.
  *
- * Query heads that share a key head stand side by side, so that each loaded key serves them all: lane l of a
- * block is query token first + l / group, head group head + l % group. */
+ * Query heads that share a key head stand side by side, so that each loaded key serves them all: lane l of a key
+ * head is query token l / group, head group head + l % group; a block is some neighbours of these lanes. */
 
 enum {
     KEYS = 64,         /* keys that pass at a time */
-    QUERY_LANES = 256, /* queries of a block in the forward pass */
+    QUERY_LANES = 512, /* lanes of a block in the forward pass, of heads up to */
+    QUERY_DIM = 128,
+    WIDE_LANES = 256,  /* of larger heads, and where a few queries are taken */
+    LOAD_AHEAD = 32,   /* lanes */
     BACK_LANES = 1024, /* and on the way back, where they stand in four forms */
 };
 
@@ -14,13 +17,13 @@ _Static_assert(
     (int)TILE_LANES <= (int)KEYS, "a panel of queries and a block of keys share a buffer");
 
 struct query_block {
-    int64_t seq, head, first, tokens, group, lanes;
+    int64_t seq, head, group, first, lanes;
 };
 
-/* Query tokens of a block of at most `lanes` lanes. */
-V_INLINE int64_t query_tokens(int64_t group, int64_t lanes)
+/* The query token of a lane of the block. */
+V_INLINE int64_t lane_token(const struct query_block *b, int64_t lane)
 {
-    return group < lanes ? lanes / group : 1;
+    return (b->first + lane) / b->group;
 }
 
 V_INLINE int64_t whole_panels(int64_t lanes)
@@ -28,30 +31,46 @@ V_INLINE int64_t whole_panels(int64_t lanes)
     return (lanes + TILE_LANES - 1) / TILE_LANES * TILE_LANES;
 }
 
-/* Element offset of a lane's row in a matrix of n_head * dim columns. */
-V_INLINE int64_t query_offset(
-    const struct query_block *b, int64_t n_query, int64_t n_head, int64_t dim, int64_t lane)
+/* A lane's query token, and its head among those of the group. Lanes are met in order: a division for each would
+ * take as long as packing its row. */
+struct query {
+    int64_t token, head;
+};
+
+V_INLINE struct query query_at(const struct query_block *b, int64_t lane)
 {
-    int64_t token = b->seq * n_query + b->first + lane / b->group;
-    return (token * n_head + b->head * b->group + lane % b->group) * dim;
+    return (struct query){(b->first + lane) / b->group, (b->first + lane) % b->group};
+}
+
+V_INLINE struct query next_query(const struct query_block *b, struct query q)
+{
+    return q.head + 1 < b->group ? (struct query){q.token, q.head + 1}
+                                 : (struct query){q.token + 1, 0};
+}
+
+/* Its row, of n_head rows a token. */
+V_INLINE int64_t query_row(
+    const struct query_block *b, int64_t n_query, int64_t n_head, struct query q)
+{
+    return (b->seq * n_query + q.token) * n_head + b->head * b->group + q.head;
 }
 
 /* dst[i] = scale times the row of lane first + i, for n lanes; zero up to `stride` columns, and where there is no
- * such lane. */
+ * such lane. Rows come from memory, a few at a time from each token, so those of later lanes are asked for. */
 static void FN(load_queries)(const struct query_block *b, const float *src, int64_t n_query,
     int64_t n_head, int64_t dim, float scale, int64_t first, int64_t n, float *dst, int64_t stride)
 {
-    for (int64_t i = 0; i < n; i++, dst += stride) {
-        if (first + i >= b->lanes) {
-            memset(dst, 0, (size_t)stride * sizeof *dst);
-            continue;
-        }
-        const float *x = src + query_offset(b, n_query, n_head, dim, first + i);
+    int64_t some = at_most(b->lanes - first, n);
+    int64_t ahead = (LOAD_AHEAD / b->group + 1) * n_head * dim * (int64_t)sizeof(float);
+    struct query q = query_at(b, first);
+    for (int64_t i = 0; i < some; i++, dst += stride, q = next_query(b, q)) {
+        const float *x = src + query_row(b, n_query, n_head, q) * dim;
         for (int64_t j = 0; j < stride; j += VL) {
-            int64_t lanes = dim - j < 0 ? 0 : dim - j < VL ? dim - j : VL;
-            v_store(dst + j, v_mul(v_set1(scale), v_load_some(x + j, lanes)));
+            prefetch_row(x + j, ahead);
+            v_store(dst + j, v_mul(v_set1(scale), v_load_some(x + j, at_most(dim - j, VL))));
         }
     }
+    memset(dst, 0, (size_t)((n - some) * stride) * sizeof *dst);
 }
 
 /* Keys or values of one head, n rows from `row` on, as KEYS rows of `stride` floats, zero beyond. The matrix has
@@ -71,10 +90,10 @@ static void FN(load_keys)(const void *src, int type, int64_t row, int64_t n, int
 static void FN(visible_keys)(const struct query_block *b, int64_t n_query, int64_t n_past,
     const int32_t *first_key, int64_t n, float *limit, float *start)
 {
-    for (int64_t l = 0; l < n; l++) {
-        int64_t token = b->first + l / b->group;
-        limit[l] = l < b->lanes ? (float)(n_past + token + 1) : 0.0f;
-        start[l] = l < b->lanes && first_key ? (float)first_key[b->seq * n_query + token] : 0.0f;
+    struct query q = query_at(b, 0);
+    for (int64_t l = 0; l < n; l++, q = next_query(b, q)) {
+        limit[l] = l < b->lanes ? (float)(n_past + q.token + 1) : 0.0f;
+        start[l] = l < b->lanes && first_key ? (float)first_key[b->seq * n_query + q.token] : 0.0f;
     }
 }
 
@@ -84,9 +103,9 @@ V_INLINE int64_t first_visible(
 {
     if (!first_key)
         return 0;
-    const int32_t *start = first_key + b->seq * n_query + b->first;
-    int64_t least = start[0];
-    for (int64_t t = 1; t < b->tokens; t++)
+    const int32_t *start = first_key + b->seq * n_query;
+    int64_t least = start[lane_token(b, 0)];
+    for (int64_t t = lane_token(b, 0); t <= lane_token(b, b->lanes - 1); t++)
         least = start[t] < least ? start[t] : least;
     return least;
 }

@@ -219,10 +219,20 @@ V_INLINE void turn_whole_block(const struct linear_args *a, const float *c, int6
     }
 }
 
+/* Asks for what the block's results are added to: a line of each of VL rows, which lie far apart. */
+V_INLINE void ask_for_base(const struct leaving *l, int64_t block)
+{
+    int64_t across = (l->rows + VL - 1) / VL;
+    int64_t t = l->t + block / across * VL, o = l->o + block % across * VL;
+    for (int64_t i = 0; l->a->base && i < VL; i++)
+        prefetch_row(l->a->base, ((t + i) * l->a->n_out + o) * (int64_t)sizeof(float));
+}
+
 static void FN(turn_block)(const struct leaving *l, int64_t block)
 {
     int64_t across = (l->rows + VL - 1) / VL, row = block % across * VL,
             token = block / across * VL;
+    ask_for_base(l, block + 2 * BLOCKS_A_TILE);
     int64_t tokens = at_most(l->tokens - token, VL), rows = at_most(l->rows - row, VL);
     int64_t t = l->t + token, o = l->o + row;
     const float *c = l->c + row * TILE_LANES + token;

@@ -72,6 +72,9 @@ V_INLINE void v_store_two_f32(float *p, int64_t stride, vf a, vf b)
     v_store(p + stride, b);
 }
 
+/* VL elements of a row. */
+V_INLINE void v_store_row_f32(float *p, vf x) { v_store(p, x); }
+
 V_INLINE int stored_as_row_f32(int type, const void *w)
 {
     return type == TYPE_F32 && (uintptr_t)w % sizeof(float) == 0;
@@ -122,7 +125,10 @@ V_INLINE void matrix_end_bf16(void) {}
 
 V_INLINE const uint16_t *as_row_bf16(const float *x, int64_t n, uint16_t *buffer)
 {
-    FN(encode_bf16)(x, n, buffer);
+    int64_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL)
+        v_store_pairs_two(buffer + i, v_load(x + i), v_load(x + i + VL));
+    FN(encode_bf16)(x + i, n - i, buffer + i);
     return buffer;
 }
 
@@ -151,6 +157,8 @@ V_INLINE void v_store_two_bf16(uint32_t *p, int64_t stride, vf a, vf b)
     (void)stride;
     _mm512_storeu_si512(p, v_pair(a, b));
 }
+
+V_INLINE void v_store_row_bf16(uint16_t *p, vf x) { v_store_pairs(p, x); }
 
 V_INLINE int stored_as_row_bf16(int type, const void *w)
 {

@@ -21,7 +21,7 @@ struct worker {
     int64_t *waited; /* nanoseconds at barriers, if they are asked for */
 };
 
-enum { WORKER_SCRATCH = 4 << 20 };
+enum { WORKER_SCRATCH = 4 << 20, MAX_WORKERS = 512 };
 
 /* A step's work, called by every worker of the team with the same arguments. */
 typedef void (*op_fn)(const void *args, const struct worker *worker);

@@ -13,6 +13,17 @@ V_INLINE vi v_pair(vf a, vf b)
     return _mm512_permutexvar_epi16(order, both);
 }
 
+/* Elements of a row for the pair product: VL of them, and 2 VL by one store, which a load of a whole vector can take
+ * over at once. */
+V_INLINE void v_store_pairs(uint16_t *p, vf x)
+{
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
+V_INLINE void v_store_pairs_two(uint16_t *p, vf a, vf b)
+{
+    _mm512_storeu_si512(p, (vi)_mm512_cvtne2ps_pbh(b, a));
+}
+
 /* Lane i: acc + a[2i + 1] b[2i + 1] + a[2i] b[2i], bf16 pairs in 32-bit lanes. Subnormals count as zero. */
 V_INLINE vf v_pair_fma(vi a, vi b, vf acc)
 {

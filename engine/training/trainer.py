@@ -26,6 +26,10 @@ OnFinal = Callable[[int, int], object]
 # Tokens that go through the graph together, at most if rows allow it, and half of that at least.
 PASS_TOKENS = 1024
 
+# Blocks of logits at most, each of which reads the weights of the output: those of few tokens are
+# LOGIT_BYTES long, those of many take more.
+LOGIT_BLOCKS = 4
+
 # Tokens of a panel of a product: blocks of logits are as long as several.
 PANEL_TOKENS = 64
 
@@ -126,10 +130,10 @@ class _Pass:
     def _head(self, builder: Builder, hidden: Tensor, gradients: bool) -> Tensor | None:
         """Loss and gradient of blocks of tokens, each forward and backward at once.
 
-        So at most LOGIT_BYTES of logits stand in memory, and none is computed twice.
+        So few logits stand in memory, LOGIT_BYTES or a part of all, and none is computed twice.
         """
         graph = self.graph
-        rows = max(1, LOGIT_BYTES // (4 * builder.h.n_vocab))
+        rows = max(1, LOGIT_BYTES // (4 * builder.h.n_vocab), hidden.rows // LOGIT_BLOCKS)
         rows = min(hidden.rows, rows - rows % PANEL_TOKENS if rows > PANEL_TOKENS else rows)
         dhidden = None
         if gradients and hidden.needs_grad:

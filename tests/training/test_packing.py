@@ -143,7 +143,7 @@ def test_without_starts_the_wall_between_samples_is_missing(model, rng):
     packed = trained(model, N_BATCH, packed=True)
     right = packed.evaluate(batch.inputs, batch.targets, 1.0, batch.starts)
     wrong = packed.evaluate(batch.inputs, batch.targets)
-    assert abs(right - wrong) > 1e-3 * right
+    assert abs(right - wrong) > 3e-5 * right  # ten times what order of summation may do
     assert wrong == pytest.approx(trained(model, N_BATCH).evaluate(*batch[:2]), rel=1e-6)
 
 
