@@ -74,8 +74,8 @@ static const ELEM *FP(weight_rows)(const struct linear_args *a, int64_t first, i
 V_INLINE int64_t PP(next_depth)(const struct linear_args *a, int64_t k0)
 {
     int64_t left = (k0 < a->n_in ? a->n_in : reduction(a)) - k0, depth = PP(chunk_depth);
-    if (STEP > 1 && a->n_in > depth)
-        depth = LONG_DEPTH;
+    if (a->n_in > depth)
+        depth = PP(part_depth);
     return left < depth ? left : depth;
 }
 
@@ -83,8 +83,8 @@ V_INLINE int64_t PP(next_depth)(const struct linear_args *a, int64_t k0)
  * at 1370 GFLOP/s a core with 256 tokens, at 860 with 512; from some length on it is the reduction that is cut. */
 V_INLINE int64_t PP(chunk_tokens)(const struct linear_args *a)
 {
-    return STEP > 1 && a->n_in > 1024 && a->n_in <= PP(chunk_depth) ? CHUNK_TOKENS / 2
-                                                                    : CHUNK_TOKENS;
+    return a->n_in > PP(short_depth) && a->n_in <= PP(chunk_depth) ? CHUNK_TOKENS / 2
+                                                                   : CHUNK_TOKENS;
 }
 
 /* Rows o ... o + rows of W times tokens t0 ... t1, panel by panel. Finished panels leave, where y is wanted. */

@@ -7,7 +7,6 @@ enum {
     CHUNK_TOKENS = 512,                            /* tokens worked on at a time: whole panels */
     RESULT_PANELS = CHUNK_TOKENS / TILE_LANES + 1, /* those of a chunk, and one that is leaving */
     BLOCKS_A_TILE = 2,  /* turned between two tiles; a panel has fewer than two a tile */
-    LONG_DEPTH = 512,   /* part of a reduction of bf16 that is longer than one part */
     BACK_COLUMNS = 320, /* columns of W decoded at a time on the way back, at most */
     BACK_TOKENS = 96,   /* tokens that meet them at a time: whole register and matrix tiles */
 };
