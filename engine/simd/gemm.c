@@ -70,12 +70,20 @@ static const ELEM *FP(weight_rows)(const struct linear_args *a, int64_t first, i
     return buffer;
 }
 
-/* How much of the reduction comes next: parts end where the codes end. */
+/* Length of n's parts that are about equal, multiples of grain and no longer than `most`. */
+V_INLINE int64_t PP(equal_part)(int64_t n, int64_t most, int64_t grain)
+{
+    int64_t longest = most / grain * grain, parts = (n + longest - 1) / longest;
+    return parts == 0 ? longest : ((n + parts - 1) / parts + grain - 1) / grain * grain;
+}
+
+/* How much of the reduction comes next: parts are about equal, and end where the codes end. */
 V_INLINE int64_t PP(next_depth)(const struct linear_args *a, int64_t k0)
 {
     int64_t left = (k0 < a->n_in ? a->n_in : reduction(a)) - k0, depth = PP(chunk_depth);
+    int64_t block = block_elements((int)a->type);
     if (a->n_in > depth)
-        depth = PP(part_depth);
+        depth = PP(equal_part)(a->n_in, PP(part_depth), block < 32 ? 32 : block);
     return left < depth ? left : depth;
 }
 
@@ -264,13 +272,6 @@ static const ELEM *FP(gradient_rows)(
     }
     team_barrier(worker);
     return rows;
-}
-
-/* Length of n's parts that are about equal, multiples of grain and no longer than `most`. */
-V_INLINE int64_t PP(equal_part)(int64_t n, int64_t most, int64_t grain)
-{
-    int64_t longest = most / grain * grain, parts = (n + longest - 1) / longest;
-    return parts == 0 ? longest : ((n + parts - 1) / parts + grain - 1) / grain * grain;
 }
 
 static void FP(linear_back_gemm)(const struct linear_back_args *a, const struct worker *worker)

