@@ -62,7 +62,7 @@ static void FN(lora_up)(const void *p, const struct worker *worker)
 enum { OUTER_RANKS = 4, OUTER_VECS = 4, OUTER_SPAN = 1024, OUTER_TOKENS = 8 };
 
 /* sums[r][c] += sum over tokens of u[t][r] x[t][c] for some ranks and `vecs` VL columns: a load of x serves all ranks,
- * and a column's sum runs over the tokens in order. Called with constants, so that sums stay in registers. */
+ * and a column's sum runs over the tokens in order. The same columns of the tokens that come next are asked for. Called with constants, so that sums stay in registers. */
 V_INLINE void outer_block(const int ranks, const int vecs, int64_t n_tokens, const float *x,
     int64_t x_stride, const float *u, int64_t u_stride, int64_t lanes, float *sums)
 {
@@ -74,6 +74,8 @@ V_INLINE void outer_block(const int ranks, const int vecs, int64_t n_tokens, con
             sum[r][j] = v_load(sums + r * OUTER_SPAN + j * VL);
     for (int64_t t = 0; t < n_tokens; t++, x += x_stride, u += u_stride) {
         vf row[OUTER_VECS];
+        for (int j = 0; j < vecs; j++)
+            prefetch_row(x + j * VL, OUTER_TOKENS * x_stride * (int64_t)sizeof *x);
 #pragma GCC unroll 4
         for (int j = 0; j < vecs; j++)
             row[j] = vecs == 1 ? v_load_some(x, lanes) : v_load(x + j * VL);
