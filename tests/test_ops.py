@@ -18,6 +18,7 @@ from engine import dtypes, ops
 from engine.dtypes import DType
 from engine.errors import ShapeError
 from engine.graph import Graph
+from engine.kernels import has_pairs
 from engine.tensor import Tensor
 from tests import reference
 from tests.bounds import BLOCK, attention_size, rounding_error
@@ -591,6 +592,29 @@ def test_a_query_gets_the_same_bits_alone_and_among_a_few(
     together = run(q, n_past)
     for i in range(5):
         assert_same_bits(run(q[i : i + 1], n_past + i), together[i : i + 1])
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_attention_of_many_queries_has_the_same_bits_whoever_takes_which_block(
+    isa: str, pairs: bool, rng: np.random.Generator
+) -> None:
+    n_query, n_past, n_head, n_head_kv, dim = 331, 70, 9, 3, 16
+    q = random(rng, n_query, n_head * dim)
+    k, v = (random(rng, n_past + n_query, n_head_kv * dim) for _ in "kv")
+    args = (1, n_head, n_head_kv, dim**-0.5)
+    past = np.array([n_past], np.int32)
+
+    def build(graph: Graph) -> Tensor:
+        pair = pairs and has_pairs(isa)
+        return ops.attention(graph, given(q), given(k), given(v), *args, past, pairs=pair)
+
+    (alone,) = compute(isa, build)
+    if not pairs:
+        size = attention_size(q, k, v, 1, (n_head, n_head_kv), args[3], n_past)
+        expected = reference.attention(q, k, v, *args, n_past)
+        assert_close(alone, expected, size, chain(dim + n_past + n_query))
+    for n_threads in (2, 3, 5):
+        assert_same_bits(compute(isa, build, n_threads)[0], alone)
 
 
 def test_attention_survives_large_scores(isa: str, rng: np.random.Generator) -> None:

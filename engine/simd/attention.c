@@ -121,18 +121,22 @@ static void FN(attend_few)(const struct attention_args *a, const struct worker *
     }
 }
 
-/* The lanes of all queries of a key head in blocks of about equal length, whole panels. */
+/* The lanes of all queries of a key head in blocks of about equal length, whole panels; shorter ones where all heads'
+ * blocks can then be shared out evenly. */
 struct query_blocks {
     int64_t heads, lanes, length, count;
 };
 
-V_INLINE struct query_blocks query_blocks_of(const struct attention_args *a)
+V_INLINE struct query_blocks query_blocks_of(const struct attention_args *a, int workers)
 {
+    int64_t heads = a->n_seq * a->n_head_kv;
     int64_t lanes = a->n_query * (a->n_head / a->n_head_kv);
     int64_t most = a->head_dim <= QUERY_DIM ? QUERY_LANES : WIDE_LANES;
-    int64_t count = (lanes + most - 1) / most, length = whole_panels((lanes + count - 1) / count);
-    return (struct query_blocks){
-        a->n_seq * a->n_head_kv, lanes, length, (lanes + length - 1) / length};
+    int64_t least = (lanes + most - 1) / most, count = least;
+    while (count < 2 * least && heads * count % workers != 0)
+        count++;
+    int64_t length = whole_panels((lanes + count - 1) / count);
+    return (struct query_blocks){heads, lanes, length, (lanes + length - 1) / length};
 }
 
 /* The blocks that see most keys come first. */
@@ -162,7 +166,7 @@ static void FN(attend_block)(
 /* Each worker reckons who has how much to do: a block goes to the one that has least so far. */
 static void FN(attend_many)(const struct attention_args *a, const struct worker *worker)
 {
-    struct query_blocks all = query_blocks_of(a);
+    struct query_blocks all = query_blocks_of(a, worker->count);
     int64_t n_past = a->n_past ? *a->n_past : 0;
     int64_t load[MAX_WORKERS] = {0};
     for (int64_t item = 0; item < all.heads * all.count; item++) {
