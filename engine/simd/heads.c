@@ -31,8 +31,7 @@ V_INLINE int64_t whole_panels(int64_t lanes)
     return (lanes + TILE_LANES - 1) / TILE_LANES * TILE_LANES;
 }
 
-/* A lane's query token, and its head among those of the group. Lanes are met in order: a division for each would
- * take as long as packing its row. */
+/* A lane's query token, and its head among those of the group. Lanes are met in order, without a division for each. */
 struct query {
     int64_t token, head;
 };
