@@ -69,6 +69,8 @@ def in_halves(
     for name in names:
         if name in joined and joined[name].a.rows <= DOT_RANK:
             rounded[name] = rounded_factors(joined[name].a.numpy(), joined[name].b.numpy())
+    if not rounded:
+        return floats, halves
     together = _Beside(sum(a.size + b.size for a, b, _ in rounded.values()), 2 * len(rounded))
     for name, (half_a, half_b, exponent) in rounded.items():
         a, b, scale = joined[name]
