@@ -50,6 +50,28 @@ def test_an_adapter_of_zeros_stays_one(rng):
     assert not delta(floats["w"]).any()
 
 
+def test_a_row_of_zeros_takes_no_range_from_the_others(rng):
+    given = pair(rng, 2, 1, 1)
+    given.a.numpy()[1] = 0
+    given.b.numpy()[1] = 1e30
+    floats, _ = in_halves({"w": given}, ["w"])
+    error, size = abs(delta(floats["w"]) - delta(given)), abs(delta(given))
+    assert 0 < size.max()
+    assert (error <= 2**-10 * size).all()
+
+
+@pytest.mark.parametrize(
+    "a, b", [(np.inf, 1), (np.nan, 1), (1, np.nan), (1e30, 1e10), (3e38, 3e38)]
+)
+def test_what_float32_cannot_hold_stays_so_without_a_word(recwarn, a, b):
+    values = [np.array([[v, 1]], np.float32) for v in (a, b)]
+    tensors = (Tensor.external("f", m, 1, 2) for m in values)
+    floats, _ = in_halves({"w": AdapterTensors(*tensors, 1.0)}, ["w"])
+    assert not recwarn.list
+    with np.errstate(invalid="ignore"):
+        assert not np.isfinite(delta(floats["w"])).all()
+
+
 def test_other_weights_and_high_ranks_keep_their_factors(rng):
     joined = {"plain": pair(rng, 2, 1, 1), "high": pair(rng, DOT_RANK + 1, 1, 1)}
     floats, halves = in_halves(joined, ["high", "absent"])

@@ -119,8 +119,11 @@ def rounded_factors(
     is lost to small numbers.
     """
     top = 15  # the largest numbers then lie in [2**14, 2**15]
-    exponents = np.frexp(np.abs(a).max(axis=1, keepdims=True))[1]
-    moved = np.ldexp(b, exponents)
-    common = int(np.frexp(np.abs(moved).max())[1])
-    a = np.ldexp(a, top - exponents)
-    return a.astype(np.float16), np.ldexp(moved, top - common).astype(np.float16), common - 2 * top
+    with np.errstate(over="ignore", invalid="ignore"):  # products that float32 cannot hold either
+        exponents = np.frexp(np.abs(a).max(axis=1, keepdims=True))[1]
+        # What meets a row of zeros adds nothing, and must not decide the range of the others.
+        moved = np.where(a.any(axis=1, keepdims=True), np.ldexp(b, exponents), np.float32(0))
+        common = int(np.frexp(np.abs(moved).max())[1])
+        half_a = np.ldexp(a, top - exponents).astype(np.float16)
+        half_b = np.ldexp(moved, top - common).astype(np.float16)
+    return half_a, half_b, common - 2 * top

@@ -23,8 +23,8 @@ enum {
     gated_rows_f32 = 96,  /* the same, of each of the two weights of a gate */
     /* A reduction is worked on in one part up to chunk_depth, whole blocks of every type; beyond, in parts of part_depth;
      * and over short_depth with fewer tokens. Parts and rows are as large as the second cache allows: 512 x 2048 x 5632
-     * by pairs took place at 84 % of a Zen 5 core's peak in parts of 2048 with 256 tokens and 96 rows, at 93 % so; float32
-     * at 91 % in parts of 256, at 94 in parts of 512. */
+     * by pairs took place at 83 to 89 % of the peak of two Zen 5 cores in parts of 2048 with 256 tokens and 96 rows, at
+     * 90 to 91 % so; float32 in one core at 91 % in parts of 256, at 94 in parts of 512. */
     chunk_depth_f32 = 512,
     part_depth_f32 = 512,
     short_depth_f32 = 512,
