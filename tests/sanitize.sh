@@ -7,7 +7,7 @@
 cd "$(dirname "$0")/.." || exit 1
 venv=$(cd "${1:?a virtual environment is needed}" && pwd) || exit 1
 shift
-[ $# -gt 0 ] || set -- tests/simd tests/test_ops.py tests/test_graph.py tests/test_autograd.py \
+[ $# -gt 0 ] || set -- tests/simd tests/test_ops.py tests/test_attention.py tests/test_graph.py tests/test_autograd.py \
     tests/test_pairs.py tests/test_gguf_hostile.py
 python=$venv/bin/python
 tree=$venv/tree
