@@ -23,6 +23,7 @@ cdef class Graph:
     cdef readonly int n_threads
     cdef public object segment      # given to nodes as they are added
     cdef public bint pairs          # weights that are not F32 may be multiplied in bf16 pairs
+    cdef public bint rounded        # what pairs would round is kept so for the way back
     cdef public bint partner        # quantized weights meet activations rounded as they are
     cdef readonly int64_t arena_bytes
     cdef dict packed                # tensors in the forms that products take, by what asks for them

@@ -21,6 +21,7 @@ class Node:
 class Graph:
     segment: object
     pairs: bool
+    rounded: bool
     partner: bool
     def __new__(cls, n_threads: int = 1, isa: str | None = None) -> Graph: ...
     @property

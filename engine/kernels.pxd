@@ -50,10 +50,10 @@ cdef extern from "kernels.h" nogil:
 
     struct linear_args:
         int64_t n_tokens, n_in, n_out
-        const float *x
+        const void *x
         const void *w
         int64_t type
-        float *y
+        void *y
         int64_t rank
         const float *u
         const float *b
@@ -62,13 +62,14 @@ cdef extern from "kernels.h" nogil:
         void *packed
         const float *base
         const float *a
-        int64_t halves
+        int64_t factor_type, x_type, y_type
 
     struct pack_args:
         int64_t n_tokens, n_in
-        const float *x
+        const void *x
         int64_t type, partner, pairs
         void *packed
+        int64_t x_type
 
     struct feed_forward_args:
         linear_args gate, up, down
@@ -76,20 +77,22 @@ cdef extern from "kernels.h" nogil:
 
     struct linear_back_args:
         int64_t n_tokens, n_in, n_out
-        const float *dy
+        const void *dy
         const void *w
         int64_t type
         float *dx
         int64_t accumulate, pairs
         void *packed
+        int64_t dy_type
 
     struct rms_norm_args:
         int64_t n_tokens, n_cols
         const float *x
         const float *w
         float eps
-        float *y
+        void *y
         float *inv
+        int64_t y_type
 
     struct rms_norm_back_args:
         int64_t n_tokens, n_cols
@@ -109,21 +112,25 @@ cdef extern from "kernels.h" nogil:
         const float *sin
         float sign
         int64_t round_f16
-        float *y
+        void *y
+        int64_t y_type
 
     struct silu_mul_args:
         int64_t n
-        const float *g
-        const float *u
-        float *y
+        const void *g
+        const void *u
+        int64_t type
+        void *y
+        int64_t y_type
 
     struct silu_mul_back_args:
         int64_t n
-        const float *g
-        const float *u
+        const void *g
+        const void *u
+        int64_t type
         const float *dy
-        float *dg
-        float *du
+        void *dg
+        void *du
 
     struct add_args:
         int64_t n
@@ -144,24 +151,26 @@ cdef extern from "kernels.h" nogil:
 
     struct attention_args:
         int64_t n_seq, n_query, n_head, n_head_kv, head_dim
-        const float *q
+        const void *q
         const void *k
         const void *v
-        int64_t k_type, v_type, kv_seq_rows
+        int64_t q_type, k_type, v_type, kv_seq_rows
         const int32_t *n_past
         const int32_t *first_key
         float scale
-        float *out
+        void *out
+        int64_t out_type
         float *lse
         float *parts
         int64_t pairs
 
     struct attention_back_args:
         int64_t n_seq, n_query, n_head, n_head_kv, head_dim
-        const float *q
-        const float *k
-        const float *v
-        const float *out
+        const void *q
+        const void *k
+        const void *v
+        const void *out
+        int64_t q_type, k_type, v_type, out_type
         const float *lse
         const float *dout
         const int32_t *first_key
@@ -174,7 +183,8 @@ cdef extern from "kernels.h" nogil:
 
     struct lora_down_args:
         int64_t n_tokens, n_cols, rank
-        const float *x
+        const void *x
+        int64_t x_type
         const float *m
         float scale
         float *u
@@ -191,7 +201,8 @@ cdef extern from "kernels.h" nogil:
     struct lora_outer_args:
         int64_t n_tokens, n_cols, rank
         const float *u
-        const float *x
+        const void *x
+        int64_t x_type
         float scale
         float *g
 

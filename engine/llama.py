@@ -6,7 +6,7 @@ Another architecture is a file like this one and a row in `model.ARCHITECTURES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import ops
+from engine.dtypes import F32
 from engine.errors import FormatError, ShapeError
 from engine.gguf import GGUFFile, TensorInfo
 from engine.graph import Graph
@@ -366,14 +367,17 @@ class Builder:
         u = ops.lora_gather(self.graph, adapter.b, self.ids, n)
         return ops.lora_up(self.graph, x, u, adapter.a, adapter.scale)
 
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        """RMS norm by the named weights, adapted first where they are: w + scale B'A."""
+    def norm(self, x: Tensor, name: str, meets: Sequence[str] = ()) -> Tensor:
+        """RMS norm by the named weights, adapted first where they are: w + scale B'A.
+
+        `meets` names all weights that its result meets, if it is to be kept as they take it.
+        """
         w = self.weights[name]
         adapter = self.adapters.get(name)
         if adapter is not None:
             learns = adapter.a.needs_grad or adapter.b.needs_grad
             w = self.adapted_norm(self.graph, w, adapter) if learns else self.fixed_norm(w, adapter)
-        return ops.rms_norm(self.graph, x, w, self.h.rms_eps)
+        return ops.rms_norm(self.graph, x, w, self.h.rms_eps, self.kept_type(meets))
 
     def adapted_norm(self, graph: Graph, w: Tensor, adapter: AdapterTensors) -> Tensor:
         """Weights of a norm as the adapter changes them."""
@@ -387,11 +391,18 @@ class Builder:
         graph.run()
         return Tensor.external(w.name, changed.numpy().copy(), *changed.shape)
 
-    def linear(self, x: Tensor, name: str, base: Tensor | None = None) -> Tensor:
-        """Named projection with its adapter and bias, added to `base`."""
+    def kept_type(self, names: Sequence[str]) -> int:
+        """Type in which that is kept which meets nothing but these weights."""
+        weights = [self.weights[name] for name in names]
+        return ops.kept_type(self.graph, len(self.ids), weights) if names else F32.id
+
+    def linear(
+        self, x: Tensor, name: str, base: Tensor | None = None, dtype: int = F32.id
+    ) -> Tensor:
+        """Named projection with its adapter and bias, added to `base`; with a bias in F32."""
         w, bias = self.weights[name], self.weights.get(name + ".bias")
         if bias is None:
-            return ops.linear(self.graph, x, w, self.adapters.get(name), base)
+            return ops.linear(self.graph, x, w, self.adapters.get(name), base, dtype)
         y = self.add_row(ops.linear(self.graph, x, w, self.adapters.get(name)), bias)
         return y if base is None else ops.add(self.graph, base, y)
 
@@ -402,29 +413,36 @@ class Builder:
     def block(self, x: Tensor, layer: int, n_last: int | None = None) -> Tensor:
         """One layer; with `n_last` only so many last rows go on after the attention."""
         p, h = f"blk.{layer}.", self.h
-        y = self.norm(x, p + "attn_norm")
-        q, k, v = (self.linear(y, p + name) for name in ("attn_q", "attn_k", "attn_v"))
-        q = ops.rope(self.graph, q, self.positions, self.tables, h.n_head, self.round_query)
-        k = ops.rope(self.graph, k, self.positions, self.tables, h.n_head_kv)
+        names = [p + "attn_q", p + "attn_k", p + "attn_v"]
+        kept = self.kept_type(names)
+        y = self.norm(x, p + "attn_norm", names)
+        q, k = (self.linear(y, name) for name in names[:2])
+        v = self.linear(y, names[2], dtype=kept)
+        turn = (self.positions, self.tables)
+        q = ops.rope(self.graph, q, *turn, h.n_head, self.round_query, kept)
+        k = ops.rope(self.graph, k, *turn, h.n_head_kv, type=kept)
         y = self.attend(layer, q, k, v)
         if n_last is not None and n_last < x.rows:
             x, y = (t.view(t.rows - n_last, n_last) for t in (x, y))
         x = self.linear(y, p + "attn_output", x)
-        x = self.feed_forward(self.norm(x, p + "ffn_norm"), p, x)
+        x = self.feed_forward(x, p)
         direction = self.directions.get(layer)
         return x if direction is None else self.add_row(x, direction)
 
-    def feed_forward(self, x: Tensor, p: str, base: Tensor) -> Tensor:
-        """Gate, up and down, added to `base`: in one step where there is nothing to learn."""
+    def feed_forward(self, base: Tensor, p: str) -> Tensor:
+        """Norm, gate, up and down, added to `base`: in one step where there is nothing to learn."""
         names = [p + "ffn_gate", p + "ffn_up", p + "ffn_down"]
         gate, up, down = (self.weights[name] for name in names)
+        x = self.norm(base, p + "ffn_norm", names[:2])
         adapters = tuple(self.adapters.get(name) for name in names)
         plain = not x.needs_grad and not any(name + ".bias" in self.weights for name in names)
         within = all(a is None or ops.meets_within(x, a) for a in adapters)
         if plain and within and gate.type == up.type:
             return ops.feed_forward(self.graph, x, gate, up, down, base, adapters)
-        y = ops.silu_mul(self.graph, self.linear(x, names[0]), self.linear(x, names[1]))
-        return self.linear(y, names[2], base)
+        biased = any(name + ".bias" in self.weights for name in names[:2])
+        between, kept = self.kept_type([] if biased else names), self.kept_type(names[2:])
+        factors = [self.linear(x, name, dtype=between) for name in names[:2]]
+        return self.linear(ops.silu_mul(self.graph, *factors, kept), names[2], base)
 
     def hidden(self, n_last: int | None = None) -> Tensor:
         """All layers and the last norm: what the output weights multiply."""

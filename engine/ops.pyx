@@ -49,8 +49,14 @@ cdef const int32_t *ints(object array, int64_t n) except NULL:
     return &view[0]
 
 
-cdef Tensor result(str name, int64_t rows, int64_t cols):
-    return Tensor(name, rows, cols)
+cdef Tensor result(str name, int64_t rows, int64_t cols, int type=F32):
+    return Tensor(name, rows, cols, type)
+
+
+cdef int require_numbers(Tensor t) except -1:
+    """Activations and their gradients are F32, or BF16 where products would round them."""
+    require(t.type in (F32, BF16), f"{t.name}: activations must be F32 or BF16")
+    return 0
 
 
 cdef bint in_pairs(Tensor w, bint partner, bint pairs):
@@ -76,6 +82,18 @@ cdef double pairs_seen(int64_t n_seq, int64_t n_query, n_past):
 def multiplies_pairs(Graph graph, Tensor w) -> bool:
     """Whether the graph multiplies with a weight in bf16 pairs, where the variant has them."""
     return in_pairs(w, graph.partner, graph.pairs)
+
+
+def kept_type(Graph graph, int64_t n_tokens, weights) -> int:
+    """Type of what is kept for the way back and meets nothing but these weights: F32 or BF16.
+
+    BF16 where the graph keeps it so (`Graph.rounded`) and every product rounds it anyway.
+    """
+    cdef Tensor w
+    if not graph.rounded or n_tokens <= GEMV_TOKENS:
+        return F32
+    rounded = all([multiplied_in_pairs(graph, w) and w.rows % 2 == 0 for w in weights])
+    return BF16 if rounded else F32
 
 
 # ---------------------------------------------------------------- embedding
@@ -114,7 +132,8 @@ cdef class Pack(Node):
     cdef pack_args a
 
     def __init__(self, Tensor x, int type, bint partner, bint pairs):
-        require(x.type == F32, f"{x.name}: activations must be F32")
+        require_numbers(x)
+        require(x.type == F32 or pairs, f"{x.name}: its product does not round to BF16")
         require(x.cols <= MAX_ROW, f"{x.name}: rows of {x.cols} are longer than {MAX_ROW}")
         self.inputs = (x,)
         n_bytes = linear_packed_bytes(x.rows, x.cols, pairs)
@@ -123,7 +142,7 @@ cdef class Pack(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], packed = self.outputs[0]
         _, type, partner, pairs = self.recipe
-        self.a = pack_args(x.rows, x.cols, x.floats(), type, partner, pairs, packed.data)
+        self.a = pack_args(x.rows, x.cols, x.data, type, partner, pairs, packed.data, x.type)
         self.args = &self.a
         return table.pack
 
@@ -151,12 +170,12 @@ cdef Tensor packed_for(Graph graph, Tensor x, Tensor w):
 
 
 cdef linear_args product(
-    int64_t n_tokens, const float *x, Tensor w, float *y, void *packed, bint partner, bint pairs
+    int64_t n_tokens, const void *x, Tensor w, void *y, void *packed, bint partner, bint pairs
 ):
-    """What the product of x and w is told, without adapter and base."""
+    """What the product of x and w is told, without adapter and base; x and y are F32."""
     return linear_args(
         n_tokens, w.cols, w.rows, x, w.data, w.type, y, 0, NULL, NULL, 0, partner, pairs, packed,
-        NULL, NULL, 0)
+        NULL, NULL, F32, F32, F32)
 
 
 cdef int adapt(linear_args *a, adapter) except -1:
@@ -166,7 +185,7 @@ cdef int adapt(linear_args *a, adapter) except -1:
         down, up, a.scale = adapter
         require(down.type == up.type and down.type in (F32, F16), f"{down.name}: of another type")
         a.rank, a.a, a.b = down.rows, <float *>down.data, <float *>up.data
-        a.halves = down.type == F16
+        a.factor_type = down.type
     return 0
 
 
@@ -185,10 +204,12 @@ cdef class Linear(Node):
 
     def __init__(
         self, Tensor x, Tensor w, Tensor packed, Tensor a, Tensor u, Tensor b, Tensor base,
-        float scale, bint partner, bint pairs,
+        float scale, bint partner, bint pairs, int type,
     ):
         require(x.cols == w.cols, f"{w.name}: rows of {w.cols} meet activations of {x.cols}")
-        require(x.type == F32, f"{x.name}: activations must be F32")
+        require_numbers(x)
+        wide = packed is not None or x.type == type == F32
+        require(wide, f"{w.name}: products of {x.rows} tokens are F32")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
         if u is not None:
             fits = u.rows == x.rows and b.cols == w.rows and b.rows == u.cols
@@ -199,13 +220,13 @@ cdef class Linear(Node):
             fits = base.rows == x.rows and base.cols == w.rows and base.type == F32
             require(fits, f"{w.name}: {base.rows} x {base.cols} cannot be added to the product")
         self.inputs = tuple([t for t in (x, w, packed, a, u, b, base) if t is not None])
-        self.outputs = (result(w.name + ".out", x.rows, w.rows),)
+        self.outputs = (result(w.name + ".out", x.rows, w.rows, type),)
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x, w, packed, a, u, b, base, y = self.outputs[0]
-        x, w, packed, a, u, b, base, scale, partner, pairs = self.recipe
-        self.a = product(
-            x.rows, x.floats(), w, y.floats(), place_of(packed), partner, pairs)
+        x, w, packed, a, u, b, base, scale, partner, pairs, _ = self.recipe
+        self.a = product(x.rows, x.data, w, y.data, place_of(packed), partner, pairs)
+        self.a.x_type, self.a.y_type = x.type, y.type
         if a is not None:
             adapt(&self.a, (a, b, scale))
         if u is not None:
@@ -227,7 +248,7 @@ cdef class Linear(Node):
 
     def gradient(self, grads):
         cdef Tensor x, w, u, b, base
-        x, w, _, _, u, b, base, scale, _, _ = self.recipe
+        x, w, _, _, u, b, base, scale, _, _, _ = self.recipe
         dy = grads[self.outputs[0]]
         if x.needs_grad:
             into = grads.into(x)
@@ -249,6 +270,9 @@ cdef class LinearBack(Node):
 
     def __init__(self, Tensor dy, Tensor w, Tensor into, bint pairs=False):
         require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
+        require_numbers(dy)
+        rounds = dy.cols % 2 == 0 and in_pairs(w, False, pairs)
+        require(dy.type == F32 or rounds, f"{dy.name}: its product does not round to BF16")
         self.inputs = (dy, w)
         self.outputs = (into if into is not None else result(w.name + ".dx", dy.rows, w.cols),)
 
@@ -257,13 +281,13 @@ cdef class LinearBack(Node):
 
     cdef int64_t shared_bytes(self) except -1:
         cdef Tensor dy = self.inputs[0]
-        return back_packed_bytes(dy.rows, dy.cols) if self.pairs() else 0
+        return back_packed_bytes(dy.rows, dy.cols) if self.pairs() and dy.type == F32 else 0
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
         self.a = linear_back_args(
-            dy.rows, w.cols, w.rows, dy.floats(), w.data, w.type, dx.floats(),
-            self.recipe[2] is not None, self.pairs(), self.shared)
+            dy.rows, w.cols, w.rows, dy.data, w.data, w.type, dx.floats(),
+            self.recipe[2] is not None, self.pairs(), self.shared, dy.type)
         self.args = &self.a
         return table.linear_back
 
@@ -277,15 +301,20 @@ cdef class LinearBack(Node):
         return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
 
 
-def linear(Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None) -> Tensor:
+def linear(
+    Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None, int type=F32
+) -> Tensor:
     """x W', and scale (x A') B beside it where `adapter` is (A, B, scale); `base` is added.
 
     Parameters
     ----------
     x : Tensor of shape (n_tokens, n_in)
+        F32, or BF16 where the product is made in pairs of more than DOT_TOKENS tokens.
     w : Tensor of shape (n_out, n_in), any stored type
     adapter : tuple (A of shape (rank, n_in), B of shape (rank, n_out), float), optional
     base : Tensor of shape (n_tokens, n_out), optional
+    type : int
+        Of the result: F32, or BF16 with more than DOT_TOKENS tokens.
 
     Returns
     -------
@@ -298,7 +327,7 @@ def linear(Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None) -> T
         if not meets_within(x, adapter):
             a, u = None, lora_down(graph, x, a)
     packed, pairs = packed_for(graph, x, w), multiplied_in_pairs(graph, w)
-    return graph.add(Linear, x, w, packed, a, u, b, base, scale, graph.partner, pairs)[0]
+    return graph.add(Linear, x, w, packed, a, u, b, base, scale, graph.partner, pairs, type)[0]
 
 
 def meets_within(Tensor x, adapter) -> bool:
@@ -320,6 +349,8 @@ cdef class FeedForward(Node):
         self, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor packed, Tensor base,
         bint partner, bint pairs, bint down_pairs, bint panels, tuple adapters,
     ):
+        require_numbers(x)
+        require(packed is not None or x.type == F32, f"{x.name}: few activations must be F32")
         fits = gate.cols == up.cols == x.cols and gate.rows == up.rows == down.cols
         require(fits, f"{gate.name}: its shape is not that of {up.name} and {down.name}")
         fits = base.rows == x.rows and base.cols == down.rows
@@ -353,8 +384,9 @@ cdef class FeedForward(Node):
         cdef void *between = <char *>self.shared + self.rows_bytes()
         cdef void *place = place_of(packed)
         self.a.panels = panels
-        self.a.gate = product(x.rows, x.floats(), gate, g, place, partner, pairs)
-        self.a.up = product(x.rows, x.floats(), up, u, place, partner, pairs)
+        self.a.gate = product(x.rows, x.data, gate, g, place, partner, pairs)
+        self.a.up = product(x.rows, x.data, up, u, place, partner, pairs)
+        self.a.gate.x_type = self.a.up.x_type = x.type
         self.a.down = product(x.rows, g, down, y.floats(), between, partner, down_pairs)
         self.a.down.base = base.floats()
         adapt(&self.a.gate, adapters[0])
@@ -412,6 +444,7 @@ cdef class LoraDown(Node):
     cdef lora_down_args a
 
     def __init__(self, Tensor x, Tensor m, float scale, Tensor into):
+        require_numbers(x)
         require(x.cols == m.cols, f"{m.name}: rows of {m.cols} meet activations of {x.cols}")
         self.inputs = (x, m)
         self.outputs = (into if into is not None else result(m.name + ".down", x.rows, m.rows),)
@@ -421,7 +454,7 @@ cdef class LoraDown(Node):
         fits = u.rows == x.rows and u.cols == m.rows
         require(fits, f"{m.name}: {u.rows} x {u.cols} cannot take its product")
         self.a = lora_down_args(
-            x.rows, x.cols, m.rows, x.floats(), m.floats(), self.recipe[2], u.floats(),
+            x.rows, x.cols, m.rows, x.data, x.type, m.floats(), self.recipe[2], u.floats(),
             self.recipe[3] is not None)
         self.args = &self.a
         return table.lora_down
@@ -478,6 +511,7 @@ cdef class LoraOuter(Node):
     cdef lora_outer_args a
 
     def __init__(self, Tensor u, Tensor x, float scale, Tensor g):
+        require_numbers(x)
         fits = u.rows == x.rows and g.rows == u.cols and g.cols == x.cols
         require(fits, f"{g.name}: {g.rows} x {g.cols} cannot take {u.cols} x {x.cols}")
         self.inputs = (u, x)
@@ -486,7 +520,7 @@ cdef class LoraOuter(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor u = self.inputs[0], x = self.inputs[1], g = self.outputs[0]
         self.a = lora_outer_args(
-            x.rows, x.cols, u.cols, u.floats(), x.floats(), self.recipe[2], g.floats())
+            x.rows, x.cols, u.cols, u.floats(), x.data, x.type, self.recipe[2], g.floats())
         self.args = &self.a
         return table.lora_outer
 
@@ -559,18 +593,19 @@ cdef class RmsNorm(Node):
 
     cdef rms_norm_args a
 
-    def __init__(self, Tensor x, Tensor w, float eps):
+    def __init__(self, Tensor x, Tensor w, float eps, int type):
         fits = w.type == F32 and w.rows == 1 and w.cols == x.cols
         require(fits, f"{w.name}: {w.cols} weights for {x.cols} columns")
         self.inputs = (x, w)
-        self.outputs = (result(w.name + ".out", x.rows, x.cols), result(w.name + ".inv", x.rows, 1))
-        self.aliases = {0: 0}
+        y = result(w.name + ".out", x.rows, x.cols, type)
+        self.outputs = (y, result(w.name + ".inv", x.rows, 1))
+        self.aliases = {0: 0} if type == F32 else {}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], w = self.inputs[1]
         cdef Tensor y = self.outputs[0], inv = self.outputs[1]
         self.a = rms_norm_args(
-            x.rows, x.cols, x.floats(), w.floats(), self.recipe[2], y.floats(), inv.floats())
+            x.rows, x.cols, x.floats(), w.floats(), self.recipe[2], y.data, inv.floats(), y.type)
         self.args = &self.a
         return table.rms_norm
 
@@ -606,9 +641,9 @@ cdef class RmsNormBack(Node):
         return table.rms_norm_back
 
 
-def rms_norm(Graph graph, Tensor x, Tensor w, float eps) -> Tensor:
-    """RMSNorm of each row (arXiv:1910.07467)."""
-    return graph.add(RmsNorm, x, w, eps)[0]
+def rms_norm(Graph graph, Tensor x, Tensor w, float eps, int type=F32) -> Tensor:
+    """RMSNorm of each row (arXiv:1910.07467), as F32 or BF16."""
+    return graph.add(RmsNorm, x, w, eps, type)[0]
 
 
 cdef class Rope(Node):
@@ -616,33 +651,37 @@ cdef class Rope(Node):
 
     cdef rope_args a
 
-    def __init__(self, Tensor x, positions, tables, int64_t n_head, int sign, bint round_f16):
+    def __init__(
+        self, Tensor x, positions, tables, int64_t n_head, int sign, bint round_f16, int type
+    ):
         require(n_head > 0 and x.cols % n_head == 0, f"{x.cols} columns are not {n_head} heads")
         n_rot, head_dim = tables[0].shape[1], x.cols // n_head
         fits = n_rot % 2 == 0 and n_rot <= head_dim
         require(fits, f"{n_rot} rotated dimensions in heads of {head_dim}")
         self.inputs = (x,)
-        self.outputs = (result("rope", x.rows, x.cols),)
-        self.aliases = {0: 0}
+        self.outputs = (result("rope", x.rows, x.cols, type),)
+        self.aliases = {0: 0} if type == F32 else {}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], y = self.outputs[0]
-        positions, (cosines, sines), n_head, sign, round_f16 = self.recipe[1:]
+        positions, (cosines, sines), n_head, sign, round_f16, type = self.recipe[1:]
         cdef const float[:, ::1] cos = cosines, sin = sines
         self.a = rope_args(
             x.rows, n_head, x.cols // <int64_t>n_head, cos.shape[1], x.floats(),
-            ints(positions, x.rows), &cos[0, 0], &sin[0, 0], sign, round_f16, y.floats())
+            ints(positions, x.rows), &cos[0, 0], &sin[0, 0], sign, round_f16, y.data, type)
         self.args = &self.a
         return table.rope
 
     def gradient(self, grads):
-        _, positions, tables, n_head, sign, _ = self.recipe
+        _, positions, tables, n_head, sign, _, type = self.recipe
         dy = grads[self.outputs[0]]
-        dx = grads.graph.add(Rope, dy, positions, tables, n_head, -sign, False)[0]
+        dx = grads.graph.add(Rope, dy, positions, tables, n_head, -sign, False, type)[0]
         grads.add(self.inputs[0], dx)
 
 
-def rope(Graph graph, Tensor x, positions, tables, int64_t n_head, bint round_f16=False) -> Tensor:
+def rope(
+    Graph graph, Tensor x, positions, tables, int64_t n_head, bint round_f16=False, int type=F32
+) -> Tensor:
     """Rotary embedding (arXiv:2104.09864) of neighbouring pairs.
 
     Parameters
@@ -651,8 +690,10 @@ def rope(Graph graph, Tensor x, positions, tables, int64_t n_head, bint round_f1
     tables : (cos, sin), float32 arrays of shape (n_positions, n_rot)
         Values doubled for pairs, sines signed.
     round_f16 : round the result to half precision, as an f16 cache of keys asks of queries
+    type : int
+        Of the result, and of the gradient of x: F32 or BF16.
     """
-    return graph.add(Rope, x, positions, tables, n_head, 1, round_f16)[0]
+    return graph.add(Rope, x, positions, tables, n_head, 1, round_f16, type)[0]
 
 
 cdef class SiluMul(Node):
@@ -660,20 +701,24 @@ cdef class SiluMul(Node):
 
     cdef silu_mul_args a
 
-    def __init__(self, Tensor g, Tensor u):
+    def __init__(self, Tensor g, Tensor u, int type):
         require(g.rows == u.rows and g.cols == u.cols, f"gate of {g.cols} columns meets {u.cols}")
+        require_numbers(g)
+        require(g.type == u.type, f"{g.name} and {u.name} are of two types")
+        require(type == BF16 or g.type == F32, "what is gated in BF16 stays so")
         self.inputs = (g, u)
-        self.outputs = (result("silu_mul", g.rows, g.cols),)
-        self.aliases = {0: 0}
+        self.outputs = (result("silu_mul", g.rows, g.cols, type),)
+        self.aliases = {0: 0} if type == g.type else {}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor g = self.inputs[0], u = self.inputs[1], y = self.outputs[0]
-        self.a = silu_mul_args(g.rows * g.cols, g.floats(), u.floats(), y.floats())
+        self.a = silu_mul_args(g.rows * g.cols, g.data, u.data, g.type, y.data, y.type)
         self.args = &self.a
         return table.silu_mul
 
     def gradient(self, grads):
-        dg, du = grads.graph.add(SiluMulBack, *self.inputs, grads[self.outputs[0]])
+        g, u = self.inputs
+        dg, du = grads.graph.add(SiluMulBack, g, u, grads[self.outputs[0]])
         grads.add(self.inputs[0], dg)
         grads.add(self.inputs[1], du)
 
@@ -683,21 +728,30 @@ cdef class SiluMulBack(Node):
 
     def __init__(self, Tensor g, Tensor u, Tensor dy):
         self.inputs = (g, u, dy)
-        self.outputs = (result("silu.dg", g.rows, g.cols), result("silu.du", g.rows, g.cols))
+        names = ("silu.dg", "silu.du")
+        self.outputs = tuple([result(name, g.rows, g.cols, g.type) for name in names])
         self.aliases = {0: 0, 1: 1}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor g = self.inputs[0], u = self.inputs[1], dy = self.inputs[2]
         cdef Tensor dg = self.outputs[0], du = self.outputs[1]
         self.a = silu_mul_back_args(
-            g.rows * g.cols, g.floats(), u.floats(), dy.floats(), dg.floats(), du.floats())
+            g.rows * g.cols, g.data, u.data, g.type, dy.floats(), dg.data, du.data)
         self.args = &self.a
         return table.silu_mul_back
 
 
-def silu_mul(Graph graph, Tensor g, Tensor u) -> Tensor:
-    """silu(g) u, the gate of the feed-forward part (arXiv:2002.05202)."""
-    return graph.add(SiluMul, g, u)[0]
+def silu_mul(Graph graph, Tensor g, Tensor u, int type=F32) -> Tensor:
+    """silu(g) u, the gate of the feed-forward part (arXiv:2002.05202).
+
+    Parameters
+    ----------
+    g, u : Tensor of shape (n_tokens, n_between)
+        Both F32, or both BF16; their gradients are of the same type.
+    type : int
+        Of the result: F32, or BF16, as it must be where they are.
+    """
+    return graph.add(SiluMul, g, u, type)[0]
 
 
 cdef class Add(Node):
@@ -788,7 +842,7 @@ cdef class Attention(Node):
 
     def __init__(
         self, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
-        float scale, n_past, first_key, bint pairs
+        float scale, n_past, first_key, bint pairs, int type
     ):
         require(n_seq > 0 and n_head > 0 and n_head_kv > 0, "there must be sequences and heads")
         head_dim = q.cols // n_head
@@ -799,13 +853,13 @@ cdef class Attention(Node):
         require(group <= ATTENTION_MAX_GROUP, f"{group} query heads share a key head")
         require(head_dim <= ATTENTION_MAX_DIM, f"head size {head_dim} is above {ATTENTION_MAX_DIM}")
         require(n_past is not None or k.rows == q.rows, "keys and queries differ in number")
-        require(q.type == F32, f"{q.name}: queries must be F32")
+        require_numbers(q)
         for cache in (k, v):
             block = block_elements((<Tensor>cache).type)
             fits = block > 0 and head_dim % block == 0
             require(fits, f"{cache.name}: heads of {head_dim} are no whole blocks of its type")
         self.inputs = (q, k, v)
-        out = result("attention", q.rows, q.cols)
+        out = result("attention", q.rows, q.cols, type)
         self.outputs = (out, result("attention.lse", q.rows, n_head))
 
     cdef int64_t shared_bytes(self) except -1:
@@ -818,11 +872,11 @@ cdef class Attention(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor q = self.inputs[0], k = self.inputs[1], v = self.inputs[2]
         cdef Tensor out = self.outputs[0], lse = self.outputs[1]
-        n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs = self.recipe[3:]
+        n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs, _ = self.recipe[3:]
         self.a = attention_args(
             n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
-            q.floats(), k.data, v.data, k.type, v.type, k.rows // <int64_t>n_seq, NULL, NULL,
-            scale, out.floats(), lse.floats(), <float *>self.shared, pairs)
+            q.data, k.data, v.data, q.type, k.type, v.type, k.rows // <int64_t>n_seq, NULL, NULL,
+            scale, out.data, out.type, lse.floats(), <float *>self.shared, pairs)
         if n_past is not None:
             self.a.n_past = ints(n_past, 1)
         if first_key is not None:
@@ -839,7 +893,7 @@ cdef class Attention(Node):
         return 4.0 * q.cols * seen, cached + 2.0 * q.n_bytes()
 
     def gradient(self, grads):
-        q, k, v, n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs = self.recipe
+        q, k, v, n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs, _ = self.recipe
         require(n_past is None, "attention over a cache has no gradient")
         dout = grads[self.outputs[0]]
         dq, dk, dv = grads.graph.add(
@@ -854,6 +908,8 @@ cdef class AttentionBack(Node):
     cdef attention_back_args a
 
     def __init__(self, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, *sizes):
+        for tensor in (q, k, v, out):
+            require_numbers(tensor)
         self.inputs = (q, k, v, out, lse, dout)
         shapes = [("dq", q), ("dk", k), ("dv", v), ("delta", lse)]
         self.outputs = tuple([result("attention." + name, t.rows, t.cols) for name, t in shapes])
@@ -865,8 +921,8 @@ cdef class AttentionBack(Node):
         n_seq, n_head, n_head_kv, scale, first_key, pairs = self.recipe[6:]
         self.a = attention_back_args(
             n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
-            q.floats(), k.floats(), v.floats(), out.floats(), lse.floats(), dout.floats(), NULL,
-            scale, delta.floats(), dq.floats(), dk.floats(), dv.floats(), pairs)
+            q.data, k.data, v.data, out.data, q.type, k.type, v.type, out.type, lse.floats(),
+            dout.floats(), NULL, scale, delta.floats(), dq.floats(), dk.floats(), dv.floats(), pairs)
         if first_key is not None:
             self.a.first_key = ints(first_key, q.rows)
         self.args = &self.a
@@ -880,25 +936,28 @@ cdef class AttentionBack(Node):
 
 def attention(
     Graph graph, Tensor q, Tensor k, Tensor v, int64_t n_seq, int64_t n_head, int64_t n_head_kv,
-    float scale, n_past=None, first_key=None, bint pairs=False
+    float scale, n_past=None, first_key=None, bint pairs=False, int type=F32
 ) -> Tensor:
     """Causal attention with grouped heads.
 
     Parameters
     ----------
     q : Tensor of shape (n_seq * n_query, n_head * head_dim)
+        F32 or BF16.
     k, v : Tensor of shape (n_seq * n_key, n_head_kv * head_dim)
         Of any stored type whose blocks divide a head, each its own.
     n_past : int32 array of one element, optional
         Position of the first query, read at each run. With it k and v are caches; without it there
-        are as many keys as queries, all F32, and the op has a gradient.
+        are as many keys as queries, all F32 or BF16, and the op has a gradient.
     first_key : int32 array, one a row of q, optional
         The first key that each query sees, counted within its sequence; read at each run.
     pairs : bool
         Multiply in bf16 where the variant has a pair product (see `multiplies_pairs`).
+    type : int
+        Of the result: F32 or BF16.
     """
     return graph.add(
-        Attention, q, k, v, n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs)[0]
+        Attention, q, k, v, n_seq, n_head, n_head_kv, scale, n_past, first_key, pairs, type)[0]
 
 
 # ---------------------------------------------------------------- loss

@@ -16,14 +16,14 @@ V_INLINE int64_t PP(padded_dim)(int64_t d)
 
 /* A block's rows with the lanes they belong to along the lanes: [panel][step][TILE_LANES], zero in lanes that have
  * no query. */
-static void FP(pack_queries)(const struct query_block *b, const float *src, int64_t n_query,
-    int64_t n_head, int64_t d, float scale, LANE *packed)
+static void FP(pack_queries)(const struct query_block *b, const void *src, int type,
+    int64_t n_query, int64_t n_head, int64_t d, float scale, LANE *packed)
 {
     int64_t dk = PP(padded_dim)(d), steps = dk / STEP, stride = padded(dk);
     float rows[VL * (ATTENTION_MAX_DIM + VL)];
     ELEM elements[VL * ATTENTION_MAX_DIM];
     for (int64_t l = 0; l < whole_panels(b->lanes); l += VL) {
-        FN(load_queries)(b, src, n_query, n_head, d, scale, l, VL, rows, stride);
+        FN(load_queries)(b, src, type, n_query, n_head, d, scale, l, VL, rows, stride);
         for (int64_t i = 0; i < VL; i++) {
             const ELEM *made = PP(as_row)(rows + i * stride, dk, elements + i * dk);
             if (made != elements + i * dk)
@@ -130,16 +130,17 @@ V_INLINE void PP(scale_lanes)(int64_t d, const float *factor, float *rows)
 
 /* Rows of a panel's lanes from d rows of lanes, into a matrix like the queries'. */
 static void FP(unpack_lanes)(const struct query_block *b, const float *panel, int64_t first,
-    int64_t n_query, int64_t n_head, int64_t d, float *dst)
+    int64_t n_query, int64_t n_head, int64_t d, void *dst, int type)
 {
     float rows[VL * ATTENTION_MAX_DIM];
     struct query q = query_at(b, first);
     for (int64_t l = first; l < b->lanes && l < first + TILE_LANES; l += VL) {
         int64_t n = at_most(b->lanes - l, VL);
         FN(transpose)(panel + l - first, TILE_LANES, d, VL, rows, d);
-        for (int64_t i = 0; i < n; i++, q = next_query(b, q))
-            memcpy(
-                dst + query_row(b, n_query, n_head, q) * d, rows + i * d, (size_t)d * sizeof *dst);
+        for (int64_t i = 0; i < n; i++, q = next_query(b, q)) {
+            int64_t at = query_row(b, n_query, n_head, q) * d;
+            FN(store_row)(rows + i * d, d, dst, type, at);
+        }
     }
 }
 
@@ -174,7 +175,7 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
     LANE *queries = (LANE *)(correction + TILE_LANES), *p = queries + lanes * dk / STEP;
     LANE *steps = p + KEYS / STEP * TILE_LANES;
     ELEM *keys = (ELEM *)(steps + KEYS / STEP * dp), *values = keys + KEYS * dp;
-    FP(pack_queries)(&b, a->q, a->n_query, a->n_head, d, a->scale, queries);
+    FP(pack_queries)(&b, a->q, (int)a->q_type, a->n_query, a->n_head, d, a->scale, queries);
     FN(visible_keys)(&b, a->n_query, n_past, a->first_key, lanes, limit, start);
     for (int64_t l = 0; l < lanes; l++) {
         maximum[l] = -1e30f; /* finite, so that differences with it are */
@@ -213,7 +214,7 @@ static void FP(attend)(const struct attention_args *a, struct query_block b, cha
     }
     for (int64_t l = 0; l < b.lanes; l += TILE_LANES) {
         PP(scale_lanes)(d, sum + l, out + l * d);
-        FP(unpack_lanes)(&b, out + l * d, l, a->n_query, a->n_head, d, a->out);
+        FP(unpack_lanes)(&b, out + l * d, l, a->n_query, a->n_head, d, a->out, (int)a->out_type);
     }
 }
 
@@ -267,12 +268,12 @@ static int64_t FP(back_places)(struct PP(back_space) * s, int64_t lanes, int64_t
 
 /* The form that is reduced over queries: [step of TILE_LANES][dp] for each panel. */
 static void FP(pack_query_rows)(const struct attention_back_args *a, const struct query_block *b,
-    const float *src, float scale, float *rows, LANE *packed)
+    const void *src, int type, float scale, float *rows, LANE *packed)
 {
     int64_t dp = padded(PP(padded_dim)(a->head_dim));
     for (int64_t l = 0; l < b->lanes; l += TILE_LANES) {
         FN(load_queries)(
-            b, src, a->n_query, a->n_head, a->head_dim, scale, l, TILE_LANES, rows, dp);
+            b, src, type, a->n_query, a->n_head, a->head_dim, scale, l, TILE_LANES, rows, dp);
         for (int64_t i = 0; i < TILE_LANES; i += STEP)
             PP(interleave)(rows + i * dp, dp, dp, packed + (l + i) / STEP * dp);
     }
@@ -333,10 +334,10 @@ static void FP(attend_back_block)(
     int64_t d = a->head_dim, dp = padded(PP(padded_dim)(d)), width = a->n_head_kv * d;
     int64_t lanes = whole_panels(b->lanes);
     FP(back_places)(&s, lanes, d, scratch);
-    FP(pack_queries)(b, a->q, a->n_query, a->n_head, d, a->scale, s.queries);
-    FP(pack_queries)(b, a->dout, a->n_query, a->n_head, d, 1.0f, s.dout);
-    FP(pack_query_rows)(a, b, a->q, a->scale, s.rows, s.query_rows);
-    FP(pack_query_rows)(a, b, a->dout, 1.0f, s.rows, s.dout_rows);
+    FP(pack_queries)(b, a->q, (int)a->q_type, a->n_query, a->n_head, d, a->scale, s.queries);
+    FP(pack_queries)(b, a->dout, TYPE_F32, a->n_query, a->n_head, d, 1.0f, s.dout);
+    FP(pack_query_rows)(a, b, a->q, (int)a->q_type, a->scale, s.rows, s.query_rows);
+    FP(pack_query_rows)(a, b, a->dout, TYPE_F32, 1.0f, s.rows, s.dout_rows);
     FN(visible_keys)(b, a->n_query, 0, a->first_key, lanes, s.limit, s.start);
     memset(s.dq, 0, (size_t)(lanes * d) * sizeof *s.dq);
     struct query q = query_at(b, 0);
@@ -349,8 +350,8 @@ static void FP(attend_back_block)(
     for (; key0 <= lane_token(b, b->lanes - 1); key0 += KEYS) {
         int64_t n = a->n_query - key0 < KEYS ? a->n_query - key0 : KEYS;
         int64_t row = b->seq * a->n_query + key0, column = b->head * d;
-        struct PP(key_source) k = {a->k, TYPE_F32, row, n, width, column, d};
-        struct PP(key_source) v = {a->v, TYPE_F32, row, n, width, column, d};
+        struct PP(key_source) k = {a->k, (int)a->k_type, row, n, width, column, d};
+        struct PP(key_source) v = {a->v, (int)a->v_type, row, n, width, column, d};
         FP(key_rows)(&k, dp, s.keys);
         FP(turned_key_rows)(&k, dp, s.steps, s.turned_keys);
         FP(key_rows)(&v, dp, s.values);
@@ -371,7 +372,7 @@ static void FP(attend_back_block)(
         s.limit[l] = a->scale;
     for (int64_t l = 0; l < b->lanes; l += TILE_LANES) {
         PP(scale_lanes)(d, s.limit + l, s.dq + l * d);
-        FP(unpack_lanes)(b, s.dq + l * d, l, a->n_query, a->n_head, d, a->dq);
+        FP(unpack_lanes)(b, s.dq + l * d, l, a->n_query, a->n_head, d, a->dq, TYPE_F32);
     }
 }
 

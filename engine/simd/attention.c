@@ -32,7 +32,7 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
     int64_t lanes = padded(b->lanes);
     float *q = (float *)(void *)scratch, *turned = q + lanes * dp, *rows = turned + lanes * dp;
     float *part = rows + KEYS * dp, *out = part + KEYS * lanes, *score = out + lanes * dp;
-    FN(load_queries)(b, a->q, a->n_query, a->n_head, d, a->scale, 0, lanes, q, dp);
+    FN(load_queries)(b, a->q, (int)a->q_type, a->n_query, a->n_head, d, a->scale, 0, lanes, q, dp);
     FN(transpose)(q, dp, lanes, d, turned, lanes);
     for (int64_t j = 0; j < n; j += KEYS) {
         int64_t some = n - j < KEYS ? n - j : KEYS, row = b->seq * a->kv_seq_rows + key0 + j;
@@ -67,7 +67,7 @@ static void FN(attend_part)(const struct attention_args *a, const struct query_b
         memcpy(result + l * part_floats(d) + 2, out + l * dp, (size_t)dp * sizeof *out);
 }
 
-/* Joins the parts of one query; each `stride` floats from the one before. */
+/* Joins the parts of one query, each `stride` floats from the one before, to d floats. */
 static void FN(join_parts)(
     const float *part, int64_t n_parts, int64_t stride, int64_t d, float *out, float *lse)
 {
@@ -116,8 +116,10 @@ static void FN(attend_few)(const struct attention_args *a, const struct worker *
             .group = group,
             .lanes = lanes};
         int64_t at = query_row(&b, a->n_query, a->n_head, query_at(&b, i % lanes));
-        FN(join_parts)(a->parts + i * stride, parts, heads * lanes * stride, a->head_dim,
-            a->out + at * a->head_dim, a->lse ? a->lse + at : NULL);
+        float row[ATTENTION_MAX_DIM];
+        FN(join_parts)(a->parts + i * stride, parts, heads * lanes * stride, a->head_dim, row,
+            a->lse ? a->lse + at : NULL);
+        FN(store_row)(row, a->head_dim, a->out, (int)a->out_type, at * a->head_dim);
     }
 }
 
@@ -203,8 +205,12 @@ static void FN(attention_delta)(const struct attention_back_args *a, const struc
 {
     int64_t begin, end, d = a->head_dim;
     worker_range(worker, a->n_seq * a->n_query * a->n_head, 1, &begin, &end);
-    for (int64_t i = begin; i < end; i++)
-        a->delta[i] = v_dot(a->dout + i * d, a->out + i * d, d);
+    for (int64_t i = begin; i < end; i++) {
+        float out[ATTENTION_MAX_DIM];
+        FN(decode_row)(
+            (int)a->out_type, (const char *)a->out + row_offset((int)a->out_type, i * d), d, out);
+        a->delta[i] = v_dot(a->dout + i * d, out, d);
+    }
 }
 
 static void FN(attention_back)(const void *p, const struct worker *worker)

@@ -15,24 +15,29 @@ static void FP(pack_tokens)(const struct linear_args *a, const struct worker *wo
     LANE *packed = a->packed;
     float *rounded = (float *)(void *)worker->scratch;
     ELEM *rows = (ELEM *)(rounded + k);
+    /* Rows that are what they must be. */
+    const ELEM *ready =
+        PP(stored_as_row)((int)a->x_type, a->x) && !rounds(a) && k % STEP == 0 ? a->x : NULL;
     worker_range(worker, a->n_tokens, VL, &begin, &end);
     for (int64_t t = begin; t < end; t += VL) {
         int64_t panel = t / TILE_LANES * TILE_LANES, lanes = panel_lanes(a->n_tokens, panel);
         int64_t tokens = a->n_tokens - t < VL ? a->n_tokens - t : VL;
         LANE *dst = packed + panel * steps + (t - panel);
-        if (STEP == 1 && tokens == VL && !rounds(a)) { /* the rows are what they must be */
-            FN(transpose)(a->x + t * k, k, VL, k, (float *)(void *)dst, lanes);
+        if (ready && tokens == VL) {
+            FN(transpose)((const float *)(const void *)(ready + t * k), steps, VL, steps,
+                (float *)(void *)dst, lanes);
             continue;
         }
         memset(rows, 0, (size_t)(VL * steps * STEP) * sizeof *rows);
         for (int64_t i = 0; i < tokens; i++) {
-            const float *x = a->x + (t + i) * a->n_in;
             ELEM *row = rows + i * steps * STEP;
-            if (rounds(a)) {
-                FN(round_row)(a, x, rounded, (char *)(rows + VL * steps * STEP));
-                x = rounded;
+            const ELEM *made = ready + (t + i) * k;
+            if (!ready) {
+                const float *x = token_row(a, t + i);
+                if (rounds(a))
+                    FN(round_row)(a, x, rounded, (char *)(rows + VL * steps * STEP));
+                made = PP(as_row)(rounds(a) ? rounded : x, k, row);
             }
-            const ELEM *made = PP(as_row)(x, k, row);
             if (made != row)
                 memcpy(row, made, (size_t)k * sizeof *row);
         }
@@ -254,13 +259,13 @@ static void FP(back_panel)(const struct linear_back_args *a, const ELEM *dy, int
     }
 }
 
-/* dy as rows that can be broadcast: itself, or rounded into the shared buffer with whole steps. */
+/* dy as rows that can be broadcast: itself, or rounded into the shared buffer in whole steps. */
 static const ELEM *FP(gradient_rows)(
     const struct linear_back_args *a, const struct worker *worker, int64_t *stride)
 {
-    if (STEP == 1) {
+    if (PP(stored_as_row)((int)a->dy_type, a->dy) && a->n_out % STEP == 0) {
         *stride = a->n_out;
-        return PP(as_row)(a->dy, 0, NULL);
+        return a->dy;
     }
     ELEM *rows = a->packed;
     int64_t begin, end;
@@ -268,7 +273,7 @@ static const ELEM *FP(gradient_rows)(
     worker_range(worker, a->n_tokens, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++) {
         rows[t * *stride + *stride - 1] = 0;
-        PP(as_row)(a->dy + t * a->n_out, a->n_out, rows + t * *stride);
+        PP(as_row)((const float *)a->dy + t * a->n_out, a->n_out, rows + t * *stride);
     }
     team_barrier(worker);
     return rows;

@@ -11,7 +11,7 @@ static void FN(linear_decoded)(
     for (int64_t o = begin; o < end; o++) {
         FN(decode_row)((int)a->type, (const char *)a->w + o * row_bytes, a->n_in, row);
         for (int64_t t = 0; t < a->n_tokens; t++)
-            a->y[t * a->n_out + o] = v_dot(row, a->x + t * a->n_in, a->n_in);
+            result_row(a, t)[o] = v_dot(row, token_row(a, t), a->n_in);
     }
 }
 
@@ -54,18 +54,18 @@ V_INLINE void float_rows(int type, const struct linear_args *a, int64_t begin, i
     for (int64_t o = begin; o < end; o++) {
         const char *w = (const char *)a->w + o * row_bytes;
         for (int64_t t = 0; t < a->n_tokens; t++)
-            a->y[t * a->n_out + o] = float_dot(type, w, a->n_in, a->x + t * a->n_in);
+            result_row(a, t)[o] = float_dot(type, w, a->n_in, token_row(a, t));
     }
 }
 
 /* Columns begin ... end of y, on which the products already are: some ranks of an adapter come on top, and last the
  * base; the sums of finish_lanes, bit by bit. */
-V_INLINE void up_ranks(const struct linear_args *a, const int ranks, const int halves, int64_t t,
+V_INLINE void up_ranks(const struct linear_args *a, const int ranks, const int type, int64_t t,
     const float *u, int64_t rank, int64_t begin, int64_t end)
 {
     vf factor[DOWN_RANKS];
     const float *base = a->base && rank + ranks == a->rank ? a->base + t * a->n_out : NULL;
-    float *y = a->y + t * a->n_out;
+    float *y = result_row(a, t);
 #pragma GCC unroll 4
     for (int r = 0; r < ranks; r++)
         factor[r] = v_set1(a->scale * u[rank + r]);
@@ -74,8 +74,7 @@ V_INLINE void up_ranks(const struct linear_args *a, const int ranks, const int h
         vf sum = v_load_some(y + o, lanes);
 #pragma GCC unroll 4
         for (int r = 0; r < ranks; r++)
-            sum =
-                v_fma(factor[r], load_factor(halves, a->b, (rank + r) * a->n_out + o, lanes), sum);
+            sum = v_fma(factor[r], load_as(type, a->b, (rank + r) * a->n_out + o, lanes), sum);
         v_store_some(y + o, base ? v_add(v_load_some(base + o, lanes), sum) : sum, lanes);
     }
 }
@@ -83,16 +82,16 @@ V_INLINE void up_ranks(const struct linear_args *a, const int ranks, const int h
 /* An adapter beside the products of few tokens. Every worker makes all of x A': that is less than waiting for each
  * other. */
 V_INLINE void adapt_few(
-    const struct linear_args *a, const int halves, float *u, int64_t begin, int64_t end)
+    const struct linear_args *a, const int type, float *u, int64_t begin, int64_t end)
 {
     for (int64_t t = 0; t < a->n_tokens; t++) {
-        down_row(halves, a->x + t * a->n_in, a->a, a->n_in, a->rank, 1.0f, 0, u);
+        down_row(TYPE_F32, type, token_row(a, t), a->a, a->n_in, a->rank, 1.0f, 0, u);
         for (int64_t r = 0; r < a->rank;)
             if (a->rank - r < DOWN_RANKS) {
-                up_ranks(a, 1, halves, t, u, r, begin, end);
+                up_ranks(a, 1, type, t, u, r, begin, end);
                 r += 1;
             } else {
-                up_ranks(a, DOWN_RANKS, halves, t, u, r, begin, end);
+                up_ranks(a, DOWN_RANKS, type, t, u, r, begin, end);
                 r += DOWN_RANKS;
             }
     }
@@ -121,12 +120,12 @@ static void FN(linear_gemv)(const struct linear_args *a, char *scratch, int64_t 
     if (is_finished(a))
         return;
     float *u = (float *)(void *)scratch;
-    if (a->rank > 0 && !a->u && a->halves)
-        adapt_few(a, 1, u, begin, end);
+    if (a->rank > 0 && !a->u && a->factor_type == TYPE_F16)
+        adapt_few(a, TYPE_F16, u, begin, end);
     else if (a->rank > 0 && !a->u)
-        adapt_few(a, 0, u, begin, end);
+        adapt_few(a, TYPE_F32, u, begin, end);
     else
-        FN(finish_rows)(a, 0, a->n_tokens, begin, end - begin, a->y + begin, a->n_out);
+        FN(finish_rows)(a, 0, a->n_tokens, begin, end - begin, result_row(a, 0) + begin, a->n_out);
 }
 
 static void FN(pack_for)(const struct linear_args *a, const struct worker *worker)
@@ -152,6 +151,7 @@ static void FN(pack)(const void *p, const struct worker *worker)
     struct linear_args product = {.n_tokens = a->n_tokens,
         .n_in = a->n_in,
         .x = a->x,
+        .x_type = a->x_type,
         .type = a->type,
         .partner = a->partner,
         .pairs = a->pairs,
@@ -193,9 +193,10 @@ static void FN(gated_few)(const struct feed_forward_args *f, const struct worker
     for (int64_t t = 0; t < f->gate.n_tokens; t++)
         for (int64_t o = begin; o < end; o += VL) {
             int64_t lanes = end - o < VL ? end - o : VL;
-            float *y = f->gate.y + t * n + o;
+            float *y = result_row(&f->gate, t) + o;
             v_store_some(y,
-                v_silu_mul(v_load_some(y, lanes), v_load_some(f->up.y + t * n + o, lanes)), lanes);
+                v_silu_mul(v_load_some(y, lanes), v_load_some(result_row(&f->up, t) + o, lanes)),
+                lanes);
         }
 }
 
@@ -213,7 +214,7 @@ static void FN(feed_forward)(const void *p, const struct worker *worker)
             CAT(gated_f32, VARIANT)(f, worker);
     } else {
         struct silu_mul_args gated = {
-            f->gate.n_tokens * f->gate.n_out, f->gate.y, f->up.y, f->gate.y};
+            f->gate.n_tokens * f->gate.n_out, f->gate.y, f->up.y, TYPE_F32, f->gate.y, TYPE_F32};
         FN(linear)(&f->gate, worker);
         FN(linear)(&f->up, worker);
         team_barrier(worker);

@@ -56,20 +56,44 @@ V_INLINE int64_t query_row(
 
 /* dst[i] = scale times the row of lane first + i, for n lanes; zero up to `stride` columns, and where there is no
  * such lane. Rows come from memory, a few at a time from each token, so those of later lanes are asked for. */
-static void FN(load_queries)(const struct query_block *b, const float *src, int64_t n_query,
-    int64_t n_head, int64_t dim, float scale, int64_t first, int64_t n, float *dst, int64_t stride)
+V_INLINE void load_query_rows(const int type, const struct query_block *b, const void *src,
+    int64_t n_query, int64_t n_head, int64_t dim, float scale, int64_t first, int64_t n, float *dst,
+    int64_t stride)
 {
     int64_t some = at_most(b->lanes - first, n);
-    int64_t ahead = (LOAD_AHEAD / b->group + 1) * n_head * dim * (int64_t)sizeof(float);
+    int64_t ahead = row_offset(type, (LOAD_AHEAD / b->group + 1) * n_head * dim);
     struct query q = query_at(b, first);
     for (int64_t i = 0; i < some; i++, dst += stride, q = next_query(b, q)) {
-        const float *x = src + query_row(b, n_query, n_head, q) * dim;
+        int64_t at = query_row(b, n_query, n_head, q) * dim;
         for (int64_t j = 0; j < stride; j += VL) {
-            prefetch_row(x + j, ahead);
-            v_store(dst + j, v_mul(v_set1(scale), v_load_some(x + j, at_most(dim - j, VL))));
+            prefetch_row(src, row_offset(type, at + j) + ahead);
+            vf x = load_as(type, src, at + j, at_most(dim - j, VL));
+            v_store(dst + j, v_mul(v_set1(scale), x));
         }
     }
     memset(dst, 0, (size_t)((n - some) * stride) * sizeof *dst);
+}
+
+static void FN(load_queries)(const struct query_block *b, const void *src, int type,
+    int64_t n_query, int64_t n_head, int64_t dim, float scale, int64_t first, int64_t n, float *dst,
+    int64_t stride)
+{
+    if (type == TYPE_BF16)
+        load_query_rows(TYPE_BF16, b, src, n_query, n_head, dim, scale, first, n, dst, stride);
+    else
+        load_query_rows(TYPE_F32, b, src, n_query, n_head, dim, scale, first, n, dst, stride);
+}
+
+/* n floats to elements `at` ... of a matrix of F32 or BF16. */
+static void FN(store_row)(const float *row, int64_t n, void *dst, int type, int64_t at)
+{
+    for (int64_t j = 0; j < n; j += VL) {
+        int64_t lanes = at_most(n - j, VL);
+        if (type == TYPE_BF16)
+            store_as(TYPE_BF16, dst, at + j, v_load_some(row + j, lanes), lanes);
+        else
+            store_as(TYPE_F32, dst, at + j, v_load_some(row + j, lanes), lanes);
+    }
 }
 
 /* Keys or values of one head, n rows from `row` on, as KEYS rows of `stride` floats, zero beyond. The matrix has

@@ -24,25 +24,25 @@ struct embed_args {
 
 /* y[t][o] = sum_i x[t][i] W[o][i] + scale sum_r u[t][r] b[r][o] + base[t][o]
  * The second term if rank > 0, the third unless base is NULL. W: n_out stored rows of n_in; u: n_tokens x rank;
- * b: rank x n_out. Where n_tokens <= GEMV_TOKENS, u may be NULL: it is x A' then, with a: rank x n_in, and with
- * `halves` a and b point to half-precision numbers.
+ * b: rank x n_out. Where n_tokens <= GEMV_TOKENS, u may be NULL: it is x A' then, with a: rank x n_in, and a and b of
+ * factor_type, F32 or F16. Where n_tokens > GEMV_TOKENS, x and y may be BF16, as x_type and y_type say; they are F32 else.
  * partner: where W is quantized, round x to blocks of 32 signed bytes with half-precision scales (and block
  * sums) first, as the original does.
  * pairs: where there is a pair product, round x (and W, unless stored so) to bf16 and use it; sums stay float.
  * packed: where n_tokens > GEMV_TOKENS, x as `pack` leaves it for this type, partner and pairs. */
 struct linear_args {
     int64_t n_tokens, n_in, n_out;
-    const float *x;
+    const void *x;
     const void *w;
     int64_t type;
-    float *y;
+    void *y;
     int64_t rank;
     const float *u, *b;
     float scale;
     int64_t partner, pairs;
     void *packed;
     const float *base, *a;
-    int64_t halves;
+    int64_t factor_type, x_type, y_type;
 };
 
 /* down.y = down.base + (silu(x G') (x U')) D'              G, U, D: weights of gate, up and down, with adapters only where
@@ -54,15 +54,17 @@ struct feed_forward_args {
         panels; /* gate.y and up.y are not there: all products are of one precision, nothing is rounded to bytes */
 };
 
-/* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: back_packed_bytes() */
+/* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: back_packed_bytes(), unless dy is BF16,
+ * which it may be where n_out is even. */
 struct linear_back_args {
     int64_t n_tokens, n_in, n_out;
-    const float *dy;
+    const void *dy;
     const void *w;
     int64_t type;
     float *dx;
     int64_t accumulate, pairs;
     void *packed;
+    int64_t dy_type;
 };
 
 enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
@@ -73,12 +75,14 @@ enum {
     PANEL_TOKENS = 64, /* the most lanes of a panel */
 };
 
-/* packed = x with tokens along the lanes, as products with weights of a type take it (gemm.c, quant.c). */
+/* packed = x with tokens along the lanes, as products with weights of a type take it (gemm.c, quant.c). x is F32, or
+ * BF16 where it goes in pairs and n_in is even. */
 struct pack_args {
     int64_t n_tokens, n_in;
-    const float *x;
+    const void *x;
     int64_t type, partner, pairs;
     void *packed;
+    int64_t x_type;
 };
 
 /* Bytes of what is packed: panels, each with its columns and block sums; with pairs, two columns in four bytes. */
@@ -95,12 +99,14 @@ static inline int64_t back_packed_bytes(int64_t n_tokens, int64_t n_out)
 }
 
 /* y[t][i] = w[i] x[t][i] r[t], r[t] = 1 / sqrt(mean_i x[t][i]^2 + eps)        RMSNorm, arXiv:1910.07467
- * inv: r, n_tokens floats. y may be x. */
+ * inv: r, n_tokens floats. y may be x. y_type: F32 or BF16, another place than x then. */
 struct rms_norm_args {
     int64_t n_tokens, n_cols;
     const float *x, *w;
     float eps;
-    float *y, *inv;
+    void *y;
+    float *inv;
+    int64_t y_type;
 };
 
 /* dx (+)= r (w dy - x r^2 mean(w dy x));  dw[i] (+)= sum_t dy[t][i] x[t][i] r[t] unless dw is NULL
@@ -114,7 +120,7 @@ struct rms_norm_back_args {
 
 /* Rotates pairs (2i, 2i + 1) of each head's first n_rot elements by angle position x frequency.
  * cos, sin: one row of n_rot a position; cos holds c0 c0 c1 c1 ..., sin -s0 s0 -s1 s1 ...
- * sign: 1 forward, -1 for the gradient. y may be x. round_f16: results rounded to half and back. */
+ * sign: 1 forward, -1 for the gradient. y may be x. round_f16: results rounded to half and back. y_type: as in a norm. */
 struct rope_args {
     int64_t n_tokens, n_head, head_dim, n_rot;
     const float *x;
@@ -122,21 +128,28 @@ struct rope_args {
     const float *cos, *sin;
     float sign;
     int64_t round_f16;
-    float *y;
+    void *y;
+    int64_t y_type;
 };
 
-/* y = g / (1 + e^-g) u                                   n floats; y may be g or u */
+/* y = g / (1 + e^-g) u                                   n numbers; y may be g or u
+ * Both F32 and y F32 or BF16, or all BF16. */
 struct silu_mul_args {
     int64_t n;
-    const float *g, *u;
-    float *y;
+    const void *g, *u;
+    int64_t type;
+    void *y;
+    int64_t y_type;
 };
 
-/* dg = dy u s (1 + g (1 - s)), du = dy g s, s = 1 / (1 + e^-g); dg or du may be dy */
+/* dg = dy u s (1 + g (1 - s)), du = dy g s, s = 1 / (1 + e^-g); dg may be g, du u, and either dy if they are F32
+ * type: of g, u, dg and du, F32 or BF16 */
 struct silu_mul_back_args {
     int64_t n;
-    const float *g, *u, *dy;
-    float *dg, *du;
+    const void *g, *u;
+    int64_t type;
+    const float *dy;
+    void *dg, *du;
 };
 
 /* y = a + b                                              n floats; y may be a or b */
@@ -168,15 +181,17 @@ struct cache_store_args {
  * q, out: n_seq n_query rows of n_head head_dim; k, v: rows of n_head_kv head_dim of k_type and v_type, those of
  * sequence s from row s kv_seq_rows on; first_key: n_seq n_query, counted from the sequence's first key; lse: may
  * be NULL; parts: attention_part_bytes() shared by the workers. pairs: where there is a pair product and there are
- * more than FEW_QUERIES, round queries, keys, probabilities and values to bf16; sums and softmax stay float. */
+ * more than FEW_QUERIES, round queries, keys, probabilities and values to bf16; sums and softmax stay float.
+ * q_type, out_type: F32 or BF16. */
 struct attention_args {
     int64_t n_seq, n_query, n_head, n_head_kv, head_dim;
-    const float *q;
-    const void *k, *v;
-    int64_t k_type, v_type, kv_seq_rows;
+    const void *q, *k, *v;
+    int64_t q_type, k_type, v_type, kv_seq_rows;
     const int32_t *n_past, *first_key;
     float scale;
-    float *out, *lse, *parts;
+    void *out;
+    int64_t out_type;
+    float *lse, *parts;
     int64_t pairs;
 };
 
@@ -193,11 +208,13 @@ static inline int64_t attention_part_bytes(
     return n_query > FEW_QUERIES ? 0 : n_seq * n_query * n_head * parts * (head_dim + 18) * 4;
 }
 
-/* The gradient of the above for n_past = 0 and float keys: dq, dk, dv from dout, out and lse.
- * delta: n_seq n_query x n_head floats of working space. dq may be q only if k, v are not read again. */
+/* The gradient of the above for n_past = 0 and as many keys as queries: dq, dk, dv from dout, out and lse.
+ * Types: F32 or BF16, each. delta: n_seq n_query x n_head floats of working space. */
 struct attention_back_args {
     int64_t n_seq, n_query, n_head, n_head_kv, head_dim;
-    const float *q, *k, *v, *out, *lse, *dout;
+    const void *q, *k, *v, *out;
+    int64_t q_type, k_type, v_type, out_type;
+    const float *lse, *dout;
     const int32_t *first_key;
     float scale;
     float *delta, *dq, *dk, *dv;
@@ -209,7 +226,9 @@ enum { ATTENTION_MAX_DIM = 512, ATTENTION_MAX_GROUP = 256 }; /* what the workers
 /* u[t][r] (+)= scale sum_i x[t][i] m[r][i]               m: rank x n_cols, an adapter's A or B */
 struct lora_down_args {
     int64_t n_tokens, n_cols, rank;
-    const float *x, *m;
+    const void *x;
+    int64_t x_type; /* F32 or BF16 */
+    const float *m;
     float scale;
     float *u;
     int64_t accumulate;
@@ -226,7 +245,9 @@ struct lora_up_args {
 /* g[r][i] += scale sum_t u[t][r] x[t][i] */
 struct lora_outer_args {
     int64_t n_tokens, n_cols, rank;
-    const float *u, *x;
+    const float *u;
+    const void *x;
+    int64_t x_type; /* F32 or BF16 */
     float scale;
     float *g;
 };

@@ -53,24 +53,21 @@ static void FN(round_row)(const struct linear_args *a, const float *x, float *y,
         memcpy(y + a->n_in, row.sum, (size_t)blocks * sizeof *y);
 }
 
-/* `lanes` numbers of an adapter's factor from `at` on: floats or halves. */
-V_INLINE vf load_factor(const int halves, const void *m, int64_t at, int64_t lanes)
+/* Rows of activations and of results where they are floats, as they are for a few tokens. */
+V_INLINE const float *token_row(const struct linear_args *a, int64_t t)
 {
-    if (!halves)
-        return v_load_some((const float *)m + at, lanes);
-    const uint16_t *h = (const uint16_t *)m + at;
-    if (lanes == VL)
-        return v_load_f16(h);
-    uint16_t some[VL] = {0};
-    memcpy(some, h, (size_t)lanes * sizeof *h);
-    return v_load_f16(some);
+    return (const float *)a->x + t * a->n_in;
+}
+V_INLINE float *result_row(const struct linear_args *a, int64_t t)
+{
+    return (float *)a->y + t * a->n_out;
 }
 
 enum { DOWN_RANKS = 4, DOWN_SUMS = 4 };
 
 /* Dots of one row of x with `ranks` rows of m, x loaded once: the sums of v_dot, bit by bit. */
-V_INLINE void dot_ranks(
-    const int ranks, const int halves, const float *x, const void *m, int64_t n, float *dots)
+V_INLINE void dot_ranks(const int ranks, const int x_type, const int m_type, const void *x,
+    const void *m, int64_t n, float *dots)
 {
     vf sum[DOWN_RANKS][DOWN_SUMS];
     int64_t i = 0;
@@ -82,37 +79,38 @@ V_INLINE void dot_ranks(
     for (; i + DOWN_SUMS * VL <= n; i += DOWN_SUMS * VL)
 #pragma GCC unroll 4
         for (int j = 0; j < DOWN_SUMS; j++) {
-            vf row = v_load(x + i + j * VL);
+            vf row = load_as(x_type, x, i + j * VL, VL);
 #pragma GCC unroll 4
             for (int r = 0; r < ranks; r++)
-                sum[r][j] = v_fma(row, load_factor(halves, m, r * n + i + j * VL, VL), sum[r][j]);
+                sum[r][j] = v_fma(row, load_as(m_type, m, r * n + i + j * VL, VL), sum[r][j]);
         }
     for (; i + VL <= n; i += VL)
 #pragma GCC unroll 4
         for (int r = 0; r < ranks; r++)
-            sum[r][0] = v_fma(v_load(x + i), load_factor(halves, m, r * n + i, VL), sum[r][0]);
+            sum[r][0] =
+                v_fma(load_as(x_type, x, i, VL), load_as(m_type, m, r * n + i, VL), sum[r][0]);
     if (i < n)
 #pragma GCC unroll 4
         for (int r = 0; r < ranks; r++)
             sum[r][1] = v_fma(
-                v_load_some(x + i, n - i), load_factor(halves, m, r * n + i, n - i), sum[r][1]);
+                load_as(x_type, x, i, n - i), load_as(m_type, m, r * n + i, n - i), sum[r][1]);
 #pragma GCC unroll 4
     for (int r = 0; r < ranks; r++)
         dots[r] = v_sum(v_add(v_add(sum[r][0], sum[r][1]), v_add(sum[r][2], sum[r][3])));
 }
 
 /* u[r] (+)= scale times the dot of x and row r of m. */
-V_INLINE void down_row(const int halves, const float *x, const void *m, int64_t n, int64_t rank,
-    float scale, int64_t accumulate, float *u)
+V_INLINE void down_row(const int x_type, const int m_type, const void *x, const void *m, int64_t n,
+    int64_t rank, float scale, int64_t accumulate, float *u)
 {
     float dots[DOWN_RANKS];
     for (int64_t r = 0, some; r < rank; r += some) {
-        const char *rows = (const char *)m + r * n * (halves ? 2 : 4);
+        const char *rows = (const char *)m + row_offset(m_type, r * n);
         some = rank - r < DOWN_RANKS ? 1 : DOWN_RANKS;
         if (some == 1)
-            dot_ranks(1, halves, x, rows, n, dots);
+            dot_ranks(1, x_type, m_type, x, rows, n, dots);
         else
-            dot_ranks(DOWN_RANKS, halves, x, rows, n, dots);
+            dot_ranks(DOWN_RANKS, x_type, m_type, x, rows, n, dots);
         for (int64_t i = 0; i < some; i++)
             u[r + i] = accumulate ? u[r + i] + scale * dots[i] : scale * dots[i];
     }
@@ -128,7 +126,7 @@ struct adapter_lines {
 V_INLINE struct adapter_lines adapter_lines(
     const struct linear_args *a, int64_t begin, int64_t end, int64_t rows)
 {
-    int64_t size = a->halves ? sizeof(uint16_t) : sizeof(float);
+    int64_t size = row_offset((int)a->factor_type, 1);
     int64_t steps = (end - begin + 2 * rows - 1) / (2 * rows);
     int64_t lines_a = a->u ? 0 : a->rank * a->n_in * size / 64 + 1;
     int64_t lines_b = (end - begin) * size / 64 + 1;
@@ -160,7 +158,10 @@ V_INLINE void finish_lanes(const struct linear_args *a, int64_t t, int64_t o, in
     }
     if (a->base)
         sum = v_add(v_load_some(a->base + at, lanes), sum);
-    v_store_some(a->y + at, sum, lanes);
+    if (a->y_type == TYPE_BF16)
+        store_as(TYPE_BF16, a->y, at, sum, lanes);
+    else
+        store_as(TYPE_F32, a->y, at, sum, lanes);
 }
 
 static void FN(finish_rows)(const struct linear_args *a, int64_t t0, int64_t t1, int64_t first,
@@ -214,7 +215,11 @@ V_INLINE void turn_whole_block(const struct linear_args *a, const float *c, int6
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++) {
         int64_t at = (t + i) * a->n_out + o;
-        v_store(a->y + at, a->base ? v_add(v_load(a->base + at), sums[i]) : sums[i]);
+        vf y = a->base ? v_add(v_load(a->base + at), sums[i]) : sums[i];
+        if (a->y_type == TYPE_BF16)
+            store_as(TYPE_BF16, a->y, at, y, VL);
+        else
+            store_as(TYPE_F32, a->y, at, y, VL);
     }
 }
 

@@ -2,14 +2,22 @@
  * long as the weight's), so that lanes run along the long side in every one of them.
  * Bound: the activations' bytes, and 2 n_tokens n_cols rank FLOPs. */
 
+V_INLINE void down_rows(const int type, const struct lora_down_args *a, int64_t begin, int64_t end)
+{
+    for (int64_t t = begin; t < end; t++)
+        down_row(type, TYPE_F32, (const char *)a->x + row_offset(type, t * a->n_cols), a->m,
+            a->n_cols, a->rank, a->scale, a->accumulate, a->u + t * a->rank);
+}
+
 static void FN(lora_down)(const void *p, const struct worker *worker)
 {
     const struct lora_down_args *a = p;
     int64_t begin, end;
     worker_range(worker, a->n_tokens, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++)
-        down_row(0, a->x + t * a->n_cols, a->m, a->n_cols, a->rank, a->scale, a->accumulate,
-            a->u + t * a->rank);
+    if (a->x_type == TYPE_BF16)
+        down_rows(TYPE_BF16, a, begin, end);
+    else
+        down_rows(TYPE_F32, a, begin, end);
 }
 
 enum { UP_COLUMNS = 64 };
@@ -63,22 +71,25 @@ enum { OUTER_RANKS = 4, OUTER_VECS = 4, OUTER_SPAN = 1024, OUTER_TOKENS = 8 };
 
 /* sums[r][c] += sum over tokens of u[t][r] x[t][c] for some ranks and `vecs` VL columns: a load of x serves all ranks,
  * and a column's sum runs over the tokens in order. The same columns of the tokens that come next are asked for. Called with constants, so that sums stay in registers. */
-V_INLINE void outer_block(const int ranks, const int vecs, int64_t n_tokens, const float *x,
-    int64_t x_stride, const float *u, int64_t u_stride, int64_t lanes, float *sums)
+V_INLINE void outer_block(const int type, const int ranks, const int vecs, int64_t n_tokens,
+    const void *x, int64_t at, int64_t x_stride, const float *u, int64_t u_stride, int64_t lanes,
+    float *sums)
 {
+    const int64_t size = type == TYPE_F32 ? sizeof(float) : sizeof(uint16_t);
+
     vf sum[OUTER_RANKS][OUTER_VECS];
 #pragma GCC unroll 4
     for (int r = 0; r < ranks; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < vecs; j++)
             sum[r][j] = v_load(sums + r * OUTER_SPAN + j * VL);
-    for (int64_t t = 0; t < n_tokens; t++, x += x_stride, u += u_stride) {
+    for (int64_t t = 0; t < n_tokens; t++, at += x_stride, u += u_stride) {
         vf row[OUTER_VECS];
-        for (int j = 0; j < vecs; j++)
-            prefetch_row(x + j * VL, OUTER_TOKENS * x_stride * (int64_t)sizeof *x);
+        for (int64_t line = 0; line < vecs * VL * size; line += 64)
+            prefetch_row(x, (OUTER_TOKENS * x_stride + at) * size + line);
 #pragma GCC unroll 4
         for (int j = 0; j < vecs; j++)
-            row[j] = vecs == 1 ? v_load_some(x, lanes) : v_load(x + j * VL);
+            row[j] = load_as(type, x, at + j * VL, vecs == 1 ? lanes : VL);
 #pragma GCC unroll 4
         for (int r = 0; r < ranks; r++)
 #pragma GCC unroll 4
@@ -93,20 +104,31 @@ V_INLINE void outer_block(const int ranks, const int vecs, int64_t n_tokens, con
 }
 
 /* `ranks` rows of sums over all tokens for n columns from `first` on: rows of x come in order, some at a time. */
-V_INLINE void outer_sums(const struct lora_outer_args *a, const int ranks, int64_t rank,
-    int64_t first, int64_t n, float *sums)
+V_INLINE void outer_sums(const int type, const int ranks, const struct lora_outer_args *a,
+    int64_t rank, int64_t first, int64_t n, float *sums)
 {
     const int64_t wide = OUTER_VECS * VL;
     memset(sums, 0, (size_t)(ranks * OUTER_SPAN) * sizeof *sums);
     for (int64_t t = 0; t < a->n_tokens; t += OUTER_TOKENS) {
         int64_t i = 0, tokens = a->n_tokens - t < OUTER_TOKENS ? a->n_tokens - t : OUTER_TOKENS;
-        const float *x = a->x + t * a->n_cols + first, *u = a->u + t * a->rank + rank;
+        int64_t at = t * a->n_cols + first;
+        const float *u = a->u + t * a->rank + rank;
         for (; i + wide <= n; i += wide)
-            outer_block(ranks, OUTER_VECS, tokens, x + i, a->n_cols, u, a->rank, VL, sums + i);
-        for (; i < n; i += VL)
             outer_block(
-                ranks, 1, tokens, x + i, a->n_cols, u, a->rank, n - i < VL ? n - i : VL, sums + i);
+                type, ranks, OUTER_VECS, tokens, a->x, at + i, a->n_cols, u, a->rank, VL, sums + i);
+        for (; i < n; i += VL)
+            outer_block(type, ranks, 1, tokens, a->x, at + i, a->n_cols, u, a->rank,
+                n - i < VL ? n - i : VL, sums + i);
     }
+}
+
+V_INLINE void outer_ranks(const int ranks, const struct lora_outer_args *a, int64_t rank,
+    int64_t first, int64_t n, float *sums)
+{
+    if (a->x_type == TYPE_BF16)
+        outer_sums(TYPE_BF16, ranks, a, rank, first, n, sums);
+    else
+        outer_sums(TYPE_F32, ranks, a, rank, first, n, sums);
 }
 
 static void FN(lora_outer)(const void *p, const struct worker *worker)
@@ -121,9 +143,9 @@ static void FN(lora_outer)(const void *p, const struct worker *worker)
         for (int64_t rank = 0; rank < a->rank; rank += ranks) {
             ranks = a->rank - rank < OUTER_RANKS ? 1 : OUTER_RANKS;
             if (ranks == 1)
-                outer_sums(a, 1, rank, first, n, sums);
+                outer_ranks(1, a, rank, first, n, sums);
             else
-                outer_sums(a, OUTER_RANKS, rank, first, n, sums);
+                outer_ranks(OUTER_RANKS, a, rank, first, n, sums);
             for (int64_t r = 0; r < ranks; r++)
                 for (int64_t i = 0; i < n; i += VL) {
                     float *g = a->g + (rank + r) * a->n_cols + first + i;

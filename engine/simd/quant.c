@@ -195,7 +195,7 @@ V_INLINE void quant_some(int type, int n_rows, const struct linear_args *a, cons
             int64_t at = r * w->stride;
             meet_scales(n, x[t], w->d + at, w->m + at, w->scaled + at, w->offset + at);
         }
-        dot_codes(type, n_rows, n, w, x[t].q, a->y + t * a->n_out + o);
+        dot_codes(type, n_rows, n, w, x[t].q, result_row(a, t) + o);
     }
 }
 
@@ -206,7 +206,7 @@ V_INLINE void quant_rows(
     int64_t group = scale_group(type);
     for (int64_t t = 0; t < a->n_tokens; t++, scratch += q8_row_bytes(a->n_in, group)) {
         x[t] = place_q8_row(scratch, a->n_in, group);
-        FN(quantize_q8)(a->x + t * a->n_in, a->n_in, has_offset(type), x[t]);
+        FN(quantize_q8)(token_row(a, t), a->n_in, has_offset(type), x[t]);
     }
     struct unpacked w = {.stride = a->n_in / group + 2 * VL, .q_stride = whole_dots(a->n_in)};
     int64_t floats = DOT_ROWS * w.stride, o = begin;
@@ -439,7 +439,7 @@ V_INLINE void stream_rows(
     int64_t n = a->n_in, row_bytes = row_offset(type, n);
     const uint8_t *w = a->w;
     for (int64_t t = 0; t < a->n_tokens; t++)
-        round_stream(type, a->x + t * n, n, scratch + t * stream_row_bytes(n));
+        round_stream(type, token_row(a, t), n, scratch + t * stream_row_bytes(n));
     struct stream_row x = stream_row_at(scratch, n);
     struct stream s = stream_of(type, n);
     if (end - begin < ROWS) { /* ROWS times the same one */
@@ -447,7 +447,7 @@ V_INLINE void stream_rows(
         for (int64_t o = begin; o < end; o++) {
             stream_tokens(type, a, &s, w + o * row_bytes, 0, x, y, ROWS);
             for (int64_t t = 0; t < a->n_tokens; t++)
-                a->y[t * a->n_out + o] = y[t * ROWS];
+                result_row(a, t)[o] = y[t * ROWS];
         }
         return;
     }
@@ -458,7 +458,7 @@ V_INLINE void stream_rows(
             o = end - ROWS; /* some rows once more */
         for (int64_t at = 0; at < ROWS * row_bytes; at += 64)
             prefetch_weights(w + o * row_bytes + at);
-        stream_tokens(type, a, &s, w + o * row_bytes, row_bytes, x, a->y + o, a->n_out);
+        stream_tokens(type, a, &s, w + o * row_bytes, row_bytes, x, result_row(a, 0) + o, a->n_out);
     }
 }
 
@@ -542,7 +542,7 @@ static void FN(pack_bytes)(const struct linear_args *a, const struct worker *wor
         for (int64_t i = 0; i < VL; i++) {
             struct q8_row row = {codes + i * n, scale + i * floats, sum + i * floats, group};
             if (t + i < a->n_tokens) {
-                FN(quantize_q8)(a->x + (t + i) * n, n, has_offset((int)a->type), row);
+                FN(quantize_q8)(token_row(a, t + i), n, has_offset((int)a->type), row);
                 continue;
             }
             memset(row.q, 0, (size_t)n);
@@ -658,9 +658,9 @@ V_INLINE void quant_chunks(
                 FN(quant_block)(rows, blocks, &w, quant_panel_of(a, t), result);
             else
                 FN(quant_half_block)(rows, blocks, &w, quant_panel_of(a, t), result);
-            FN(transpose)(result, QUANT_LANES, rows, tokens, a->y + t * a->n_out + o, a->n_out);
+            FN(transpose)(result, QUANT_LANES, rows, tokens, result_row(a, t) + o, a->n_out);
             if (!is_finished(a))
-                FN(finish_rows)(a, t, t + tokens, o, rows, a->y + t * a->n_out + o, a->n_out);
+                FN(finish_rows)(a, t, t + tokens, o, rows, result_row(a, t) + o, a->n_out);
         }
     }
 }

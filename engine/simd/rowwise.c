@@ -1,13 +1,10 @@
 /* Steps that walk rows once: norms, rotation, gates, sums, the cache's entry. All bound by bytes. */
 
-static void FN(rms_norm)(const void *p, const struct worker *worker)
+V_INLINE void norm_rows(const int y_type, const struct rms_norm_args *a, int64_t begin, int64_t end)
 {
-    const struct rms_norm_args *a = p;
-    int64_t begin, end, n = a->n_cols;
-    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    int64_t n = a->n_cols;
     for (int64_t t = begin; t < end; t++) {
         const float *x = a->x + t * n;
-        float *y = a->y + t * n;
         vd sum = v_zero_double(); /* squares are added in double */
         for (int64_t i = 0; i < n; i += VL) {
             vf v = v_load_some(x + i, n - i < VL ? n - i : VL);
@@ -18,9 +15,20 @@ static void FN(rms_norm)(const void *p, const struct worker *worker)
         for (int64_t i = 0; i < n; i += VL) {
             int64_t lanes = n - i < VL ? n - i : VL;
             vf v = v_mul(v_load_some(x + i, lanes), v_set1(inverse));
-            v_store_some(y + i, v_mul(v, v_load_some(a->w + i, lanes)), lanes);
+            store_as(y_type, a->y, t * n + i, v_mul(v, v_load_some(a->w + i, lanes)), lanes);
         }
     }
+}
+
+static void FN(rms_norm)(const void *p, const struct worker *worker)
+{
+    const struct rms_norm_args *a = p;
+    int64_t begin, end;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    if (a->y_type == TYPE_BF16)
+        norm_rows(TYPE_BF16, a, begin, end);
+    else
+        norm_rows(TYPE_F32, a, begin, end);
 }
 
 static void FN(rms_norm_back)(const void *p, const struct worker *worker)
@@ -70,17 +78,15 @@ V_INLINE vf round_f16(vf x)
     return v_load_f16(half);
 }
 
-static void FN(rope)(const void *p, const struct worker *worker)
+V_INLINE void rotate_rows(const int y_type, const struct rope_args *a, int64_t begin, int64_t end)
 {
-    const struct rope_args *a = p;
-    int64_t begin, end, width = a->n_head * a->head_dim;
-    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    int64_t width = a->n_head * a->head_dim;
     for (int64_t t = begin; t < end; t++) {
         int64_t row = a->positions[t] * a->n_rot;
         const float *cos = a->cos + row, *sin = a->sin + row;
         for (int64_t h = 0; h < a->n_head; h++) {
-            const float *x = a->x + t * width + h * a->head_dim;
-            float *y = a->y + t * width + h * a->head_dim;
+            int64_t at = t * width + h * a->head_dim;
+            const float *x = a->x + at;
             for (int64_t i = 0; i < a->head_dim; i += VL) {
                 int64_t lanes = a->head_dim - i < VL ? a->head_dim - i : VL;
                 vf v = v_load_some(x + i, lanes), r = v;
@@ -90,9 +96,30 @@ static void FN(rope)(const void *p, const struct worker *worker)
                     r = v_fma(v_swap_pairs(v), s, v_mul(v, v_load_some(cos + i, turned)));
                     r = v_blend_n(r, v, turned);
                 }
-                v_store_some(y + i, a->round_f16 ? round_f16(r) : r, lanes);
+                store_as(y_type, a->y, at + i, a->round_f16 ? round_f16(r) : r, lanes);
             }
         }
+    }
+}
+
+static void FN(rope)(const void *p, const struct worker *worker)
+{
+    const struct rope_args *a = p;
+    int64_t begin, end;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    if (a->y_type == TYPE_BF16)
+        rotate_rows(TYPE_BF16, a, begin, end);
+    else
+        rotate_rows(TYPE_F32, a, begin, end);
+}
+
+V_INLINE void gate_some(
+    const int type, const int y_type, const struct silu_mul_args *a, int64_t begin, int64_t end)
+{
+    for (int64_t i = begin; i < end; i += VL) {
+        int64_t lanes = end - i < VL ? end - i : VL;
+        vf y = v_silu_mul(load_as(type, a->g, i, lanes), load_as(type, a->u, i, lanes));
+        store_as(y_type, a->y, i, y, lanes);
     }
 }
 
@@ -101,10 +128,25 @@ static void FN(silu_mul)(const void *p, const struct worker *worker)
     const struct silu_mul_args *a = p;
     int64_t begin, end;
     worker_range(worker, a->n, VL, &begin, &end);
+    if (a->type == TYPE_BF16)
+        gate_some(TYPE_BF16, TYPE_BF16, a, begin, end);
+    else if (a->y_type == TYPE_BF16)
+        gate_some(TYPE_F32, TYPE_BF16, a, begin, end);
+    else
+        gate_some(TYPE_F32, TYPE_F32, a, begin, end);
+}
+
+V_INLINE void gate_back_some(
+    const int type, const struct silu_mul_back_args *a, int64_t begin, int64_t end)
+{
     for (int64_t i = begin; i < end; i += VL) {
         int64_t lanes = end - i < VL ? end - i : VL;
-        vf y = v_silu_mul(v_load_some(a->g + i, lanes), v_load_some(a->u + i, lanes));
-        v_store_some(a->y + i, y, lanes);
+        vf g = load_as(type, a->g, i, lanes), u = load_as(type, a->u, i, lanes);
+        vf dy = v_load_some(a->dy + i, lanes);
+        vf s = v_logistic(g), one = v_set1(1.0f);
+        vf slope = v_mul(s, v_fma(g, v_sub(one, s), one));
+        store_as(type, a->dg, i, v_mul(v_mul(dy, u), slope), lanes);
+        store_as(type, a->du, i, v_mul(v_mul(dy, g), s), lanes);
     }
 }
 
@@ -113,15 +155,10 @@ static void FN(silu_mul_back)(const void *p, const struct worker *worker)
     const struct silu_mul_back_args *a = p;
     int64_t begin, end;
     worker_range(worker, a->n, VL, &begin, &end);
-    for (int64_t i = begin; i < end; i += VL) {
-        int64_t lanes = end - i < VL ? end - i : VL;
-        vf g = v_load_some(a->g + i, lanes), u = v_load_some(a->u + i, lanes);
-        vf dy = v_load_some(a->dy + i, lanes);
-        vf s = v_logistic(g), one = v_set1(1.0f);
-        vf slope = v_mul(s, v_fma(g, v_sub(one, s), one));
-        v_store_some(a->dg + i, v_mul(v_mul(dy, u), slope), lanes);
-        v_store_some(a->du + i, v_mul(v_mul(dy, g), s), lanes);
-    }
+    if (a->type == TYPE_BF16)
+        gate_back_some(TYPE_BF16, a, begin, end);
+    else
+        gate_back_some(TYPE_F32, a, begin, end);
 }
 
 static void FN(add)(const void *p, const struct worker *worker)

@@ -54,6 +54,36 @@ V_INLINE void v_store_some(float *p, vf x, int64_t n)
         v_store_n(p, x, n);
 }
 
+/* Numbers `at` ... `at` + n, n at most VL, of an array of floats, or of halves: F16 or BF16. The type is a constant. */
+V_INLINE vf load_as(const int type, const void *p, int64_t at, int64_t n)
+{
+    if (type == TYPE_F32)
+        return v_load_some((const float *)p + at, n);
+    const uint16_t *half = (const uint16_t *)p + at;
+    uint16_t some[VL] = {0};
+    if (n < VL)
+        half = memcpy(some, half, (size_t)n * sizeof *half);
+    return type == TYPE_F16 ? v_load_f16(half) : v_load_bf16(half);
+}
+
+/* The same the other way, to F32 or BF16. Where there is a pair product, what is rounded is on its way there, and
+ * subnormals become zero here already. */
+V_INLINE void store_as(const int type, void *p, int64_t at, vf x, int64_t n)
+{
+    if (type == TYPE_F32) {
+        v_store_some((float *)p + at, x, n);
+        return;
+    }
+    uint16_t *half = (uint16_t *)p + at, some[VL];
+#ifdef HAVE_PAIR_PRODUCT
+    v_store_pairs(n < VL ? some : half, x);
+#else
+    v_store_bf16(n < VL ? some : half, x);
+#endif
+    if (n < VL)
+        memcpy(half, some, (size_t)n * sizeof *half);
+}
+
 /* silu(g) u */
 V_INLINE vf v_silu_mul(vf g, vf u) { return v_mul(v_mul(g, v_logistic(g)), u); }
 

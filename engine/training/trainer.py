@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,9 @@ class _Pass:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             pairs = ops.multiplies_pairs(graph, model.weights.by_name[f"blk.{layer}.attn_q"])
             sizes = (n_batch, h.n_head, h.n_head_kv, h.head_dim**-0.5)
-            return ops.attention(graph, q, k, v, *sizes, first_key=first_key, pairs=pairs)
+            kept = builder.kept_type([f"blk.{layer}.attn_output"])
+            how: dict[str, Any] = {"first_key": first_key, "pairs": pairs, "type": kept}
+            return ops.attention(graph, q, k, v, *sizes, **how)
 
         builder = model.architecture.Builder(
             graph,
@@ -283,7 +286,7 @@ class Trainer:
         lender: Graph | None = None,
     ) -> _Pass:
         graph = Graph(self.n_threads, self._isa)
-        graph.pairs = self._pairs
+        graph.pairs = graph.rounded = self._pairs
         planned = _Pass(
             graph,
             self._model,
