@@ -83,7 +83,7 @@ cdef extern from "kernels.h" nogil:
         float *dx
         int64_t accumulate, pairs
         void *packed
-        int64_t dy_type
+        int64_t dy_type, dy_stride
 
     struct rms_norm_args:
         int64_t n_tokens, n_cols
@@ -184,7 +184,7 @@ cdef extern from "kernels.h" nogil:
     struct lora_down_args:
         int64_t n_tokens, n_cols, rank
         const void *x
-        int64_t x_type
+        int64_t x_type, x_stride
         const float *m
         float scale
         float *u
@@ -202,7 +202,7 @@ cdef extern from "kernels.h" nogil:
         int64_t n_tokens, n_cols, rank
         const float *u
         const void *x
-        int64_t x_type
+        int64_t x_type, x_stride
         float scale
         float *g
 
@@ -225,6 +225,7 @@ cdef extern from "kernels.h" nogil:
         const int32_t *targets
         const float *weight
         float *loss
+        int64_t type
 
     struct square_sums_args:
         int64_t n

@@ -53,9 +53,10 @@ cdef Tensor result(str name, int64_t rows, int64_t cols, int type=F32):
     return Tensor(name, rows, cols, type)
 
 
-cdef int require_numbers(Tensor t) except -1:
+cdef int require_numbers(Tensor t, bint dense=True) except -1:
     """Activations and their gradients are F32, or BF16 where products would round them."""
     require(t.type in (F32, BF16), f"{t.name}: activations must be F32 or BF16")
+    require(not dense or t.stride == t.cols, f"{t.name}: there must be no room between its rows")
     return 0
 
 
@@ -270,7 +271,7 @@ cdef class LinearBack(Node):
 
     def __init__(self, Tensor dy, Tensor w, Tensor into, bint pairs=False):
         require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
-        require_numbers(dy)
+        require_numbers(dy, dense=False)
         rounds = dy.cols % 2 == 0 and in_pairs(w, False, pairs)
         require(dy.type == F32 or rounds, f"{dy.name}: its product does not round to BF16")
         self.inputs = (dy, w)
@@ -287,7 +288,7 @@ cdef class LinearBack(Node):
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
         self.a = linear_back_args(
             dy.rows, w.cols, w.rows, dy.data, w.data, w.type, dx.floats(),
-            self.recipe[2] is not None, self.pairs(), self.shared, dy.type)
+            self.recipe[2] is not None, self.pairs(), self.shared, dy.type, dy.stride)
         self.args = &self.a
         return table.linear_back
 
@@ -444,7 +445,7 @@ cdef class LoraDown(Node):
     cdef lora_down_args a
 
     def __init__(self, Tensor x, Tensor m, float scale, Tensor into):
-        require_numbers(x)
+        require_numbers(x, dense=False)
         require(x.cols == m.cols, f"{m.name}: rows of {m.cols} meet activations of {x.cols}")
         self.inputs = (x, m)
         self.outputs = (into if into is not None else result(m.name + ".down", x.rows, m.rows),)
@@ -454,8 +455,8 @@ cdef class LoraDown(Node):
         fits = u.rows == x.rows and u.cols == m.rows
         require(fits, f"{m.name}: {u.rows} x {u.cols} cannot take its product")
         self.a = lora_down_args(
-            x.rows, x.cols, m.rows, x.data, x.type, m.floats(), self.recipe[2], u.floats(),
-            self.recipe[3] is not None)
+            x.rows, x.cols, m.rows, x.data, x.type, x.stride, m.floats(), self.recipe[2],
+            u.floats(), self.recipe[3] is not None)
         self.args = &self.a
         return table.lora_down
 
@@ -511,7 +512,7 @@ cdef class LoraOuter(Node):
     cdef lora_outer_args a
 
     def __init__(self, Tensor u, Tensor x, float scale, Tensor g):
-        require_numbers(x)
+        require_numbers(x, dense=False)
         fits = u.rows == x.rows and g.rows == u.cols and g.cols == x.cols
         require(fits, f"{g.name}: {g.rows} x {g.cols} cannot take {u.cols} x {x.cols}")
         self.inputs = (u, x)
@@ -520,7 +521,8 @@ cdef class LoraOuter(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor u = self.inputs[0], x = self.inputs[1], g = self.outputs[0]
         self.a = lora_outer_args(
-            x.rows, x.cols, u.cols, u.floats(), x.data, x.type, self.recipe[2], g.floats())
+            x.rows, x.cols, u.cols, u.floats(), x.data, x.type, x.stride, self.recipe[2],
+            g.floats())
         self.args = &self.a
         return table.lora_outer
 
@@ -967,9 +969,11 @@ cdef class CrossEntropy(Node):
 
     cdef cross_entropy_args a
 
-    def __init__(self, Tensor logits, targets, weight):
+    def __init__(self, Tensor logits, targets, weight, int type):
         self.inputs = (logits,)
-        self.outputs = (result("loss", logits.rows, 1), result("dlogits", logits.rows, logits.cols))
+        stride = 2 * logits.cols if type == BF16 else logits.cols
+        dlogits = Tensor("dlogits", logits.rows, logits.cols, type, stride)
+        self.outputs = (result("loss", logits.rows, 1), dlogits)
         self.aliases = {1: 0}
         self.must_alias = True
 
@@ -978,12 +982,12 @@ cdef class CrossEntropy(Node):
         cdef const float[::1] weight = self.recipe[2]
         self.a = cross_entropy_args(
             logits.rows, logits.cols, logits.floats(), ints(self.recipe[1], logits.rows),
-            &weight[0], loss.floats())
+            &weight[0], loss.floats(), self.recipe[3])
         self.args = &self.a
         return table.cross_entropy
 
 
-def cross_entropy(Graph graph, Tensor logits, targets, weight):
+def cross_entropy(Graph graph, Tensor logits, targets, weight, int type=F32):
     """Loss of each row and the gradient of weight times their sum with respect to the logits.
 
     The gradient takes the logits' place, so it comes with the value and no softmax is kept.
@@ -992,13 +996,15 @@ def cross_entropy(Graph graph, Tensor logits, targets, weight):
     ----------
     targets : int32 array of n_tokens, read at each run; -1 leaves a row out
     weight : float32 array of one element, read at each run
+    type : int
+        Of the gradient: F32, or BF16 with room between its rows.
 
     Returns
     -------
     loss : Tensor of shape (n_tokens, 1)
     dlogits : Tensor of the logits' shape
     """
-    return graph.add(CrossEntropy, logits, targets, weight)
+    return graph.add(CrossEntropy, logits, targets, weight, type)
 
 
 # ---------------------------------------------------------------- the machine's peaks

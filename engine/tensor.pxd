@@ -4,7 +4,8 @@ from libc.stdint cimport int64_t
 cdef class Tensor:
     cdef readonly str name
     cdef readonly int64_t rows, cols
-    cdef readonly int type          # stored type id; 0 (F32) unless the tensor is a weight
+    cdef readonly int type          # stored type id; 0 (F32) of most that is not a weight
+    cdef readonly int64_t stride    # elements from one row to the next
     cdef char *data                 # NULL until a plan gives it a place in the arena
     cdef readonly object owner      # keeps `data` alive: an array, a map, or the graph's arena
     cdef readonly Tensor base       # for a view: the tensor whose rows it shows

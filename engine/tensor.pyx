@@ -1,6 +1,7 @@
 """Tensors: a shape, a stored type, bytes, and whoever owns them.
 
-Every tensor is a matrix of ``rows`` x ``cols`` with contiguous rows. A tensor is one of
+Every tensor is a matrix of ``rows`` x ``cols`` whose rows lie one behind the other, with room between them
+only where `stride` says so. A tensor is one of
 
 - *external*: bytes of somebody else (a weight in a mapped file, a parameter in an array),
 - *planned*: written by a node of a graph, its place given by the graph's plan,
@@ -23,11 +24,14 @@ cdef class Tensor:
     rows, cols : int
     type : int
         GGUF type id of the stored elements.
+    stride : int
+        Elements from one row to the next, `cols` unless more are asked for.
     """
 
-    def __init__(self, str name, int64_t rows, int64_t cols, int type=0):
+    def __init__(self, str name, int64_t rows, int64_t cols, int type=0, int64_t stride=0):
         block = block_elements(type)
-        if rows <= 0 or cols <= 0 or block == 0 or cols % block:
+        self.stride = max(stride, cols)
+        if rows <= 0 or cols <= 0 or block == 0 or cols % block or self.stride % block:
             raise ShapeError(f"tensor {name}: {rows} x {cols} elements of type {type} cannot be")
         self.name = name
         self.rows = rows
@@ -84,21 +88,21 @@ cdef class Tensor:
         if first < 0 or rows <= 0 or first + rows > self.rows:
             raise ShapeError(f"tensor {self.name}: rows {first} to {first + rows} of {self.rows}")
         name = f"{self.name}[{first}:{first + rows}]"
-        cdef Tensor view = Tensor(name, rows, self.cols, self.type)
+        cdef Tensor view = Tensor(name, rows, self.cols, self.type, self.stride)
         view.base = self
         view.first_row = first
         view.needs_grad = self.needs_grad
         if self.data != NULL:
-            view.data = self.data + row_offset(self.type, self.cols) * first
+            view.data = self.data + row_offset(self.type, self.stride) * first
             view.owner = self.owner
         return view
 
     cdef int64_t n_bytes(self):
-        return self.rows * row_offset(self.type, self.cols)
+        return self.rows * row_offset(self.type, self.stride)
 
     cdef float *floats(self) except? NULL:
-        if self.type != 0:
-            raise ShapeError(f"tensor {self.name}: its elements must be F32")
+        if self.type != 0 or self.stride != self.cols:
+            raise ShapeError(f"tensor {self.name}: its elements must be F32, row behind row")
         return <float *>self.data
 
     @property

@@ -264,7 +264,7 @@ static const ELEM *FP(gradient_rows)(
     const struct linear_back_args *a, const struct worker *worker, int64_t *stride)
 {
     if (PP(stored_as_row)((int)a->dy_type, a->dy) && a->n_out % STEP == 0) {
-        *stride = a->n_out;
+        *stride = a->dy_stride;
         return a->dy;
     }
     ELEM *rows = a->packed;

@@ -64,7 +64,7 @@ struct linear_back_args {
     float *dx;
     int64_t accumulate, pairs;
     void *packed;
-    int64_t dy_type;
+    int64_t dy_type, dy_stride; /* elements from row to row; of F32 n_out */
 };
 
 enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
@@ -227,7 +227,7 @@ enum { ATTENTION_MAX_DIM = 512, ATTENTION_MAX_GROUP = 256 }; /* what the workers
 struct lora_down_args {
     int64_t n_tokens, n_cols, rank;
     const void *x;
-    int64_t x_type; /* F32 or BF16 */
+    int64_t x_type, x_stride; /* F32 or BF16, elements from row to row */
     const float *m;
     float scale;
     float *u;
@@ -247,7 +247,7 @@ struct lora_outer_args {
     int64_t n_tokens, n_cols, rank;
     const float *u;
     const void *x;
-    int64_t x_type; /* F32 or BF16 */
+    int64_t x_type, x_stride; /* F32 or BF16, elements from row to row */
     float scale;
     float *g;
 };
@@ -271,6 +271,7 @@ struct lora_scatter_args {
 
 /* With p = softmax(logits[t]) and target c: loss[t] = -log((1 - eps) p_c + eps), eps = 1e-9, and in place
  *     logits[t][j] = weight ((1 - eps) p_j + eps - [j = c])
+ * as `type` says in F32, or in BF16 from the beginning of each row of floats on.
  * A target of -1 leaves the row out: loss 0, gradient 0. */
 struct cross_entropy_args {
     int64_t n_tokens, n_vocab;
@@ -278,6 +279,7 @@ struct cross_entropy_args {
     const int32_t *targets;
     const float *weight;
     float *loss;
+    int64_t type;
 };
 
 /* sums[i] = squares of part i of x, SQUARE_PART floats each, the last one shorter. */

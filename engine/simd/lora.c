@@ -5,7 +5,7 @@
 V_INLINE void down_rows(const int type, const struct lora_down_args *a, int64_t begin, int64_t end)
 {
     for (int64_t t = begin; t < end; t++)
-        down_row(type, TYPE_F32, (const char *)a->x + row_offset(type, t * a->n_cols), a->m,
+        down_row(type, TYPE_F32, (const char *)a->x + row_offset(type, t * a->x_stride), a->m,
             a->n_cols, a->rank, a->scale, a->accumulate, a->u + t * a->rank);
 }
 
@@ -111,13 +111,13 @@ V_INLINE void outer_sums(const int type, const int ranks, const struct lora_oute
     memset(sums, 0, (size_t)(ranks * OUTER_SPAN) * sizeof *sums);
     for (int64_t t = 0; t < a->n_tokens; t += OUTER_TOKENS) {
         int64_t i = 0, tokens = a->n_tokens - t < OUTER_TOKENS ? a->n_tokens - t : OUTER_TOKENS;
-        int64_t at = t * a->n_cols + first;
+        int64_t at = t * a->x_stride + first;
         const float *u = a->u + t * a->rank + rank;
         for (; i + wide <= n; i += wide)
-            outer_block(
-                type, ranks, OUTER_VECS, tokens, a->x, at + i, a->n_cols, u, a->rank, VL, sums + i);
+            outer_block(type, ranks, OUTER_VECS, tokens, a->x, at + i, a->x_stride, u, a->rank, VL,
+                sums + i);
         for (; i < n; i += VL)
-            outer_block(type, ranks, 1, tokens, a->x, at + i, a->n_cols, u, a->rank,
+            outer_block(type, ranks, 1, tokens, a->x, at + i, a->x_stride, u, a->rank,
                 n - i < VL ? n - i : VL, sums + i);
     }
 }

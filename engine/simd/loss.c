@@ -1,5 +1,14 @@
 /* Cross-entropy over rows of logits, value and gradient in one visit. Bound: 12 bytes a logit. */
 
+/* n exponentials to their gradient, in place: an element of BF16 lies in front of what is still to be read. */
+V_INLINE void loss_gradient(const int type, float *x, int64_t n, vf scale, vf floor)
+{
+    for (int64_t i = 0; i < n; i += VL) {
+        int64_t lanes = n - i < VL ? n - i : VL;
+        store_as(type, x, i, v_fma(v_load_some(x + i, lanes), scale, floor), lanes);
+    }
+}
+
 static void FN(cross_entropy)(const void *p, const struct worker *worker)
 {
     const struct cross_entropy_args *a = p;
@@ -30,10 +39,13 @@ static void FN(cross_entropy)(const void *p, const struct worker *worker)
         float inverse = (float)(1.0 / v_sum_double(sum)), weight = *a->weight;
         a->loss[t] = -logf((1.0f - eps) * (x[target] * inverse) + eps);
         vf scale = v_set1((1.0f - eps) * inverse * weight), floor = v_set1(eps * weight);
-        for (int64_t i = 0; i < n; i += VL) {
-            int64_t lanes = n - i < VL ? n - i : VL;
-            v_store_some(x + i, v_fma(v_load_some(x + i, lanes), scale, floor), lanes);
+        vf hit = v_sub(v_fma(v_set1(x[target]), scale, floor), v_set1(weight));
+        if (a->type == TYPE_BF16) {
+            loss_gradient(TYPE_BF16, x, n, scale, floor);
+            store_as(TYPE_BF16, x, target, hit, 1);
+        } else {
+            loss_gradient(TYPE_F32, x, n, scale, floor);
+            store_as(TYPE_F32, x, target, hit, 1);
         }
-        x[target] -= weight;
     }
 }

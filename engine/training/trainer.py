@@ -148,7 +148,8 @@ class _Pass:
             logits = builder.logits(part)
             nodes = graph.nodes[begin:]
             targets = self.targets[first : first + n]
-            loss, dlogits = ops.cross_entropy(graph, logits, targets, self.weight)
+            kept = ops.kept_type(graph, n, [builder.weights["output"]])
+            loss, dlogits = ops.cross_entropy(graph, logits, targets, self.weight, kept)
             self.losses.append(graph.keep(loss))
             if gradients:
                 seeds = {logits: dlogits}
