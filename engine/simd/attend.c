@@ -7,7 +7,14 @@
  * V' P', as they are made. Scores of all pairs never stand in memory.
  * Bound: 4 n_head head_dim FLOPs for each pair of query and visible key; back, 10. */
 
-enum { PP(dim_grain) = STEP == 1 ? 1 : 32 }; /* reductions of whole matrix tiles */
+enum {
+    PP(dim_grain) = STEP == 1 ? 1 : 32, /* reductions of whole matrix tiles */
+#ifdef HAVE_MATRIX_TILES
+    PP(key_grain) = 32,
+#else
+    PP(key_grain) = TILE_ROWS,
+#endif
+};
 
 V_INLINE int64_t PP(padded_dim)(int64_t d)
 {
@@ -144,13 +151,13 @@ static void FP(unpack_lanes)(const struct query_block *b, const float *panel, in
     }
 }
 
-/* Key rows of a block that a panel's last token sees, in whole matrix tiles. */
+/* Key rows of a block that a panel's last token sees, in whole tiles. */
 V_INLINE int64_t PP(seen_rows)(
     const struct query_block *b, int64_t panel, int64_t n_past, int64_t key0)
 {
     int64_t last = panel + TILE_LANES < b->lanes ? panel + TILE_LANES : b->lanes;
     int64_t seen = n_past + lane_token(b, last - 1) + 1 - key0;
-    return seen <= 0 ? 0 : seen < KEYS ? (seen + 31) / 32 * 32 : KEYS;
+    return seen <= 0 ? 0 : at_most(round_up(seen, PP(key_grain)), KEYS);
 }
 
 /* Whether some lane of the panel does not see all of keys key0 ... key0 + rows. */

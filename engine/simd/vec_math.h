@@ -1,6 +1,9 @@
 /* What every vector layer gets from the operations it has: exponential, logistic, ragged transposes. */
 
-V_INLINE int64_t padded(int64_t n) { return (n + VL - 1) / VL * VL; }
+/* n, up to a multiple of grain. */
+V_INLINE int64_t round_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
+
+V_INLINE int64_t padded(int64_t n) { return round_up(n, VL); }
 
 /* e^x, within 2 units in the last place for -87 <= x <= 88; above, to 89, it may be infinite early, and far below
  * it is 0. x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts (Cody and Waite), and the polynomial of
