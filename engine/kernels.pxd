@@ -30,6 +30,7 @@ cdef extern from "kernels.h" nogil:
         ATTENTION_MAX_GROUP
         FEW_QUERIES
         GEMV_TOKENS
+        LORA_PARTS
         MAX_ROW
         PROBE_FMA_FLOPS
         PROBE_TILES_FLOPS
@@ -181,30 +182,34 @@ cdef extern from "kernels.h" nogil:
         float *dv
         int64_t pairs
 
+    struct lora_part:
+        int64_t rank
+        float *u
+        float *m
+
     struct lora_down_args:
-        int64_t n_tokens, n_cols, rank
+        int64_t n_tokens, n_cols
         const void *x
         int64_t x_type, x_stride
-        const float *m
         float scale
-        float *u
-        int64_t accumulate
+        int64_t accumulate, n_parts
+        lora_part *parts
 
     struct lora_up_args:
-        int64_t n_tokens, n_cols, rank
+        int64_t n_tokens, n_cols
         const float *base
-        const float *u
-        const float *m
         float scale
         float *y
+        int64_t n_parts
+        lora_part *parts
 
     struct lora_outer_args:
-        int64_t n_tokens, n_cols, rank
-        const float *u
+        int64_t n_tokens, n_cols
         const void *x
         int64_t x_type, x_stride
         float scale
-        float *g
+        int64_t n_parts
+        lora_part *parts
 
     struct lora_gather_args:
         int64_t n_tokens, n_cols, rank

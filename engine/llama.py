@@ -396,15 +396,23 @@ class Builder:
         weights = [self.weights[name] for name in names]
         return ops.kept_type(self.graph, len(self.ids), weights) if names else F32.id
 
-    def linear(
-        self, x: Tensor, name: str, base: Tensor | None = None, dtype: int = F32.id
-    ) -> Tensor:
-        """Named projection with its adapter and bias, added to `base`; with a bias in F32."""
+    def linear(self, x: Tensor, name: str, base: Tensor | None = None) -> Tensor:
+        """Named projection with its adapter and bias, added to `base`."""
         w, bias = self.weights[name], self.weights.get(name + ".bias")
         if bias is None:
-            return ops.linear(self.graph, x, w, self.adapters.get(name), base, dtype)
+            return ops.linear(self.graph, x, w, self.adapters.get(name), base)
         y = self.add_row(ops.linear(self.graph, x, w, self.adapters.get(name)), bias)
         return y if base is None else ops.add(self.graph, base, y)
+
+    def linears(self, x: Tensor, names: Sequence[str], dtypes: Sequence[int]) -> list[Tensor]:
+        """Several projections of the same x; where there is a bias, in F32."""
+        weights = [self.weights[name] for name in names]
+        biases = [self.weights.get(name + ".bias") for name in names]
+        adapters = [self.adapters.get(name) for name in names]
+        types = [t if bias is None else F32.id for t, bias in zip(dtypes, biases, strict=True)]
+        results = ops.linears(self.graph, x, weights, adapters, types)
+        pairs = zip(results, biases, strict=True)
+        return [y if bias is None else self.add_row(y, bias) for y, bias in pairs]
 
     def add_row(self, y: Tensor, row: Tensor) -> Tensor:
         """Every row of y and one row."""
@@ -416,8 +424,7 @@ class Builder:
         names = [p + "attn_q", p + "attn_k", p + "attn_v"]
         kept = self.kept_type(names)
         y = self.norm(x, p + "attn_norm", names)
-        q, k = (self.linear(y, name) for name in names[:2])
-        v = self.linear(y, names[2], dtype=kept)
+        q, k, v = self.linears(y, names, [F32.id, F32.id, kept])
         turn = (self.positions, self.tables)
         q = ops.rope(self.graph, q, *turn, h.n_head, self.round_query, kept)
         k = ops.rope(self.graph, k, *turn, h.n_head_kv, type=kept)
@@ -441,8 +448,8 @@ class Builder:
             return ops.feed_forward(self.graph, x, gate, up, down, base, adapters)
         biased = any(name + ".bias" in self.weights for name in names[:2])
         between, kept = self.kept_type([] if biased else names), self.kept_type(names[2:])
-        factors = [self.linear(x, name, dtype=between) for name in names[:2]]
-        return self.linear(ops.silu_mul(self.graph, *factors, kept), names[2], base)
+        g, u = self.linears(x, names[:2], [between, between])
+        return self.linear(ops.silu_mul(self.graph, g, u, kept), names[2], base)
 
     def hidden(self, n_last: int | None = None) -> Tensor:
         """All layers and the last norm: what the output weights multiply."""

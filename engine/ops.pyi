@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ def linear(
     adapter: tuple[Tensor, Tensor, float] | None = None,
     base: Tensor | None = None,
     type: int = 0,
+    u: Tensor | None = None,
 ) -> Tensor: ...
+def linears(
+    graph: Graph,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    adapters: Sequence[tuple[Tensor, Tensor, float] | None],
+    types: Sequence[int],
+) -> list[Tensor]: ...
 def meets_within(x: Tensor, adapter: tuple[Tensor, Tensor, float]) -> bool: ...
 def feed_forward(
     graph: Graph,

@@ -13,12 +13,12 @@ from engine.errors import ShapeError
 
 from engine.graph cimport Graph, Node
 from engine.kernels cimport (
-    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, MAX_ROW, PROBE_FMA_FLOPS,
+    ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, GEMV_TOKENS, LORA_PARTS, MAX_ROW, PROBE_FMA_FLOPS,
     PROBE_TILES_FLOPS, add_args, attention_args,
     attention_back_args, attention_part_bytes, back_packed_bytes, block_elements,
     cache_store_args, cross_entropy_args, embed_args, feed_forward_args, has_encoder,
     has_quant_dot, kernels, linear_args, linear_back_args, linear_packed_bytes, lora_down_args,
-    lora_gather_args, lora_outer_args, lora_scatter_args, lora_up_args, op_fn, pack_args,
+    lora_gather_args, lora_outer_args, lora_part, lora_scatter_args, lora_up_args, op_fn, pack_args,
     probe_args, rms_norm_args, rms_norm_back_args, rope_args, silu_mul_args, silu_mul_back_args,
     zero_args,
 )
@@ -257,9 +257,9 @@ cdef class Linear(Node):
         if u is not None:
             if u.needs_grad:
                 into = grads.into(u)
-                grads.add(u, grads.graph.add(LoraDown, dy, b, scale, into)[0])
+                grads.add(u, grads.graph.add(LoraDown, dy, scale, into, b)[0])
             if b.needs_grad:
-                grads.graph.add(LoraOuter, u, dy, scale, b.grad)
+                grads.graph.add(LoraOuter, dy, scale, u, b.grad)
         if base is not None and base.needs_grad:
             grads.add(base, dy)
 
@@ -303,7 +303,7 @@ cdef class LinearBack(Node):
 
 
 def linear(
-    Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None, int type=F32
+    Graph graph, Tensor x, Tensor w, adapter=None, Tensor base=None, int type=F32, Tensor u=None
 ) -> Tensor:
     """x W', and scale (x A') B beside it where `adapter` is (A, B, scale); `base` is added.
 
@@ -316,19 +316,46 @@ def linear(
     base : Tensor of shape (n_tokens, n_out), optional
     type : int
         Of the result: F32, or BF16 with more than DOT_TOKENS tokens.
+    u : Tensor of shape (n_tokens, rank), optional
+        x A' of the adapter, where it has been made already (see `linears`).
 
     Returns
     -------
     Tensor of shape (n_tokens, n_out)
     """
-    a = u = b = None
+    a = b = None
     scale = 0.0
     if adapter is not None:
         a, b, scale = adapter
         if not meets_within(x, adapter):
-            a, u = None, lora_down(graph, x, a)
+            a, u = None, lora_down(graph, x, a) if u is None else u
     packed, pairs = packed_for(graph, x, w), multiplied_in_pairs(graph, w)
     return graph.add(Linear, x, w, packed, a, u, b, base, scale, graph.partner, pairs, type)[0]
+
+
+def linears(Graph graph, Tensor x, weights, adapters, types) -> list[Tensor]:
+    """Products of the same x: x A' of all their adapters is made, and differentiated, in one step.
+
+    Parameters
+    ----------
+    x : Tensor of shape (n_tokens, n_in)
+    weights : sequence of Tensor
+    adapters : sequence of tuple or None
+        One a weight, as in `linear`.
+    types : sequence of int
+        Of the results.
+
+    Returns
+    -------
+    list of Tensor
+    """
+    beside = [i for i, a in enumerate(adapters) if a is not None and not meets_within(x, a)]
+    us = {}
+    for first in range(0, len(beside), LORA_PARTS):
+        some = beside[first : first + LORA_PARTS]
+        us.update(zip(some, graph.add(LoraDown, x, 1.0, None, *[adapters[i][0] for i in some])))
+    rows = enumerate(zip(weights, adapters, types))
+    return [linear(graph, x, w, a, None, type, us.get(i)) for i, (w, a, type) in rows]
 
 
 def meets_within(Tensor x, adapter) -> bool:
@@ -439,90 +466,125 @@ def feed_forward(
 
 # ---------------------------------------------------------------- adapters
 
+cdef lora_part lora_part_of(Tensor u, Tensor m) except *:
+    """An adapter's part of a thin product: ranks of u meet those of m."""
+    require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
+    return lora_part(m.rows, u.floats(), m.floats())
+
+
+cdef int require_parts(tuple parts) except -1:
+    require(0 < len(parts) <= LORA_PARTS, f"{len(parts)} adapters: 1 to {LORA_PARTS} go together")
+    return 0
+
+
 cdef class LoraDown(Node):
-    """u (+)= scale x m'"""
+    """u (+)= scale x m' for each m; accumulated into a tensor if there is one m."""
 
     cdef lora_down_args a
 
-    def __init__(self, Tensor x, Tensor m, float scale, Tensor into):
+    def __init__(self, Tensor x, float scale, Tensor into, *ms):
+        cdef Tensor m
         require_numbers(x, dense=False)
-        require(x.cols == m.cols, f"{m.name}: rows of {m.cols} meet activations of {x.cols}")
-        self.inputs = (x, m)
-        self.outputs = (into if into is not None else result(m.name + ".down", x.rows, m.rows),)
+        require_parts(ms)
+        require(into is None or len(ms) == 1, "one product is accumulated at a time")
+        for m in ms:
+            require(x.cols == m.cols, f"{m.name}: rows of {m.cols} meet activations of {x.cols}")
+        self.inputs = (x, *ms)
+        results = tuple([result(m.name + ".down", x.rows, m.rows) for m in ms])
+        self.outputs = results if into is None else (into,)
 
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor x = self.inputs[0], m = self.inputs[1], u = self.outputs[0]
-        fits = u.rows == x.rows and u.cols == m.rows
-        require(fits, f"{m.name}: {u.rows} x {u.cols} cannot take its product")
-        self.a = lora_down_args(
-            x.rows, x.cols, m.rows, x.data, x.type, x.stride, m.floats(), self.recipe[2],
-            u.floats(), self.recipe[3] is not None)
+        cdef Tensor x = self.inputs[0], m, u
+        _, scale, into, *ms = self.recipe
+        self.a.n_tokens, self.a.n_cols = x.rows, x.cols
+        self.a.x, self.a.x_type, self.a.x_stride = x.data, x.type, x.stride
+        self.a.scale, self.a.accumulate, self.a.n_parts = scale, into is not None, len(ms)
+        for i, (u, m) in enumerate(zip(self.outputs, ms)):
+            require(u.rows == x.rows, f"{m.name}: {u.rows} rows cannot take its product")
+            self.a.parts[i] = lora_part_of(u, m)
         self.args = &self.a
         return table.lora_down
 
     def gradient(self, grads):
-        cdef Tensor x = self.inputs[0], m = self.inputs[1]
-        du, scale = grads[self.outputs[0]], self.recipe[2]
-        if m.needs_grad:
-            grads.graph.add(LoraOuter, du, x, scale, m.grad)
+        cdef Tensor x = self.inputs[0], m
+        _, scale, _, *ms = self.recipe
+        pairs = [(grads[u], m) for u, m in zip(self.outputs, ms) if u in grads]
+        learning = [(du, m.grad) for du, m in pairs if m.needs_grad]
+        if learning:
+            grads.graph.add(LoraOuter, x, scale, *flat(learning))
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LoraUp, into, du, m, scale, into is not None)[0])
+            grads.add(x, grads.graph.add(LoraUp, into, scale, into is not None, *flat(pairs))[0])
+
+
+cdef list flat(pairs):
+    return [t for pair in pairs for t in pair]
 
 
 cdef class LoraUp(Node):
-    """y = base + scale u m; base may be None for zero, and is written itself if `in_place`"""
+    """y = base + scale u m over pairs (u, m); base may be None for zero, and is written itself if `in_place`"""
 
     cdef lora_up_args a
 
-    def __init__(self, Tensor base, Tensor u, Tensor m, float scale, bint in_place=False):
-        require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
-        fits = base is None or (base.rows == u.rows and base.cols == m.cols)
-        require(fits, f"{m.name}: an adapter of {m.cols} columns does not fit its tensor")
-        self.inputs = (u, m) if base is None else (u, m, base)
+    def __init__(self, Tensor base, float scale, bint in_place, *parts):
+        cdef Tensor u, m
+        require_parts(parts[::2])
+        for u, m in zip(parts[::2], parts[1::2]):
+            require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
+            fits = base is None or (base.rows == u.rows and base.cols == m.cols)
+            require(fits, f"{m.name}: an adapter of {m.cols} columns does not fit its tensor")
+        self.inputs = parts if base is None else (*parts, base)
         self.outputs = (base if in_place else result(m.name + ".up", u.rows, m.cols),)
-        self.aliases = {0: 2} if base is not None else {}
+        self.aliases = {0: len(parts)} if base is not None else {}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor u = self.inputs[0], m = self.inputs[1], y = self.outputs[0], base
-        self.a = lora_up_args(
-            y.rows, y.cols, m.rows, NULL, u.floats(), m.floats(), self.recipe[3], y.floats())
-        if len(self.inputs) == 3:
-            base = self.inputs[2]
-            require(base.type == F32, f"{base.name}: its elements must be F32")
+        cdef Tensor y = self.outputs[0], base
+        base, scale, _, *parts = self.recipe
+        self.a.n_tokens, self.a.n_cols, self.a.base = y.rows, y.cols, NULL
+        self.a.scale, self.a.y, self.a.n_parts = scale, y.floats(), len(parts) // 2
+        for i in range(len(parts) // 2):
+            self.a.parts[i] = lora_part_of(parts[2 * i], parts[2 * i + 1])
+        if base is not None:
             self.a.base = base.floats()
         self.args = &self.a
         return table.lora_up
 
     def gradient(self, grads):
-        cdef Tensor u = self.inputs[0], m = self.inputs[1]
-        dy, scale = grads[self.outputs[0]], self.recipe[3]
-        if u.needs_grad:
-            into = grads.into(u)
-            grads.add(u, grads.graph.add(LoraDown, dy, m, scale, into)[0])
-        if m.needs_grad:
-            grads.graph.add(LoraOuter, u, dy, scale, m.grad)
-        if len(self.inputs) == 3 and (<Tensor>self.inputs[2]).needs_grad:
-            grads.add(self.inputs[2], dy)
+        cdef Tensor u, m, base
+        base, scale, _, *parts = self.recipe
+        dy = grads[self.outputs[0]]
+        for u, m in zip(parts[::2], parts[1::2]):
+            if u.needs_grad:
+                into = grads.into(u)
+                grads.add(u, grads.graph.add(LoraDown, dy, scale, into, m)[0])
+            if m.needs_grad:
+                grads.graph.add(LoraOuter, dy, scale, u, m.grad)
+        if base is not None and base.needs_grad:
+            grads.add(base, dy)
 
 
 cdef class LoraOuter(Node):
-    """g += scale u' x, into a parameter's gradient"""
+    """g += scale u' x for pairs (u, g), into parameters' gradients"""
 
     cdef lora_outer_args a
 
-    def __init__(self, Tensor u, Tensor x, float scale, Tensor g):
+    def __init__(self, Tensor x, float scale, *parts):
+        cdef Tensor u, g
         require_numbers(x, dense=False)
-        fits = u.rows == x.rows and g.rows == u.cols and g.cols == x.cols
-        require(fits, f"{g.name}: {g.rows} x {g.cols} cannot take {u.cols} x {x.cols}")
-        self.inputs = (u, x)
-        self.outputs = (g,)
+        require_parts(parts[::2])
+        for u, g in zip(parts[::2], parts[1::2]):
+            fits = u.rows == x.rows and g.rows == u.cols and g.cols == x.cols
+            require(fits, f"{g.name}: {g.rows} x {g.cols} cannot take {u.cols} x {x.cols}")
+        self.inputs = (x, *parts[::2])
+        self.outputs = parts[1::2]
 
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor u = self.inputs[0], x = self.inputs[1], g = self.outputs[0]
-        self.a = lora_outer_args(
-            x.rows, x.cols, u.cols, u.floats(), x.data, x.type, x.stride, self.recipe[2],
-            g.floats())
+        cdef Tensor x = self.inputs[0]
+        self.a.n_tokens, self.a.n_cols = x.rows, x.cols
+        self.a.x, self.a.x_type, self.a.x_stride = x.data, x.type, x.stride
+        self.a.scale, self.a.n_parts = self.recipe[1], len(self.outputs)
+        for i, (u, g) in enumerate(zip(self.inputs[1:], self.outputs)):
+            self.a.parts[i] = lora_part_of(u, g)
         self.args = &self.a
         return table.lora_outer
 
@@ -575,12 +637,12 @@ cdef class LoraScatter(Node):
 
 def lora_down(Graph graph, Tensor x, Tensor m) -> Tensor:
     """x m' of activations (n_tokens, n_in) and A of shape (rank, n_in): (n_tokens, rank)."""
-    return graph.add(LoraDown, x, m, 1.0, None)[0]
+    return graph.add(LoraDown, x, 1.0, None, m)[0]
 
 
 def lora_up(Graph graph, Tensor base, Tensor u, Tensor m, float scale) -> Tensor:
     """base + scale u m, for norms (u = B, m = A) and the embedding (u = B's columns, m = A)."""
-    return graph.add(LoraUp, base, u, m, scale)[0]
+    return graph.add(LoraUp, base, scale, False, u, m)[0]
 
 
 def lora_gather(Graph graph, Tensor m, ids, int64_t n_tokens) -> Tensor:

@@ -223,33 +223,42 @@ struct attention_back_args {
 
 enum { ATTENTION_MAX_DIM = 512, ATTENTION_MAX_GROUP = 256 }; /* what the workers' scratch holds */
 
-/* u[t][r] (+)= scale sum_i x[t][i] m[r][i]               m: rank x n_cols, an adapter's A or B */
-struct lora_down_args {
-    int64_t n_tokens, n_cols, rank;
-    const void *x;
-    int64_t x_type, x_stride; /* F32 or BF16, elements from row to row */
-    const float *m;
-    float scale;
-    float *u;
-    int64_t accumulate;
+/* The A or B of an adapter, rank x n_cols, or its gradient, and u: n_tokens x rank. Up to LORA_PARTS adapters that meet
+ * the same rows go together, as those of queries, keys and values do, or of gate and up. */
+enum { LORA_PARTS = 3 };
+struct lora_part {
+    int64_t rank;
+    float *u, *m;
 };
 
-/* y[t][i] = base[t][i] + scale sum_r u[t][r] m[r][i]     base: NULL for zero; may be y */
+/* u[t][r] (+)= scale sum_i x[t][i] m[r][i], for each part    x: F32 or BF16, x_stride elements from row to row */
+struct lora_down_args {
+    int64_t n_tokens, n_cols;
+    const void *x;
+    int64_t x_type, x_stride;
+    float scale;
+    int64_t accumulate, n_parts;
+    struct lora_part parts[LORA_PARTS];
+};
+
+/* y[t][i] = base[t][i] + scale sum_r u[t][r] m[r][i], over all parts     base: NULL for zero; may be y */
 struct lora_up_args {
-    int64_t n_tokens, n_cols, rank;
-    const float *base, *u, *m;
+    int64_t n_tokens, n_cols;
+    const float *base;
     float scale;
     float *y;
+    int64_t n_parts;
+    struct lora_part parts[LORA_PARTS];
 };
 
-/* g[r][i] += scale sum_t u[t][r] x[t][i] */
+/* m[r][i] += scale sum_t u[t][r] x[t][i], for each part      x as above; m: gradients */
 struct lora_outer_args {
-    int64_t n_tokens, n_cols, rank;
-    const float *u;
+    int64_t n_tokens, n_cols;
     const void *x;
-    int64_t x_type, x_stride; /* F32 or BF16, elements from row to row */
+    int64_t x_type, x_stride;
     float scale;
-    float *g;
+    int64_t n_parts;
+    struct lora_part parts[LORA_PARTS];
 };
 
 /* u[t][r] = m[r][ids[t]]                                 m: rank x n_cols */
