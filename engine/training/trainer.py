@@ -29,7 +29,7 @@ PASS_TOKENS = 1024
 
 # Blocks of logits at most, each of which reads the weights of the output: those of few tokens are
 # LOGIT_BYTES long, those of many take more.
-LOGIT_BLOCKS = 4
+LOGIT_BLOCKS = 2
 
 # Tokens of a panel of a product: blocks of logits are as long as several.
 PANEL_TOKENS = 64
