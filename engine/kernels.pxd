@@ -76,6 +76,19 @@ cdef extern from "kernels.h" nogil:
         linear_args gate, up, down
         int64_t panels
 
+    struct lora_part:
+        int64_t rank
+        float *u
+        float *m
+
+    struct lora_up_args:
+        int64_t n_tokens, n_cols
+        const float *base
+        float scale
+        float *y
+        int64_t n_parts
+        lora_part *parts
+
     struct linear_back_args:
         int64_t n_tokens, n_in, n_out
         const void *dy
@@ -85,6 +98,7 @@ cdef extern from "kernels.h" nogil:
         int64_t accumulate, pairs
         void *packed
         int64_t dy_type, dy_stride
+        lora_up_args up
 
     struct rms_norm_args:
         int64_t n_tokens, n_cols
@@ -182,25 +196,12 @@ cdef extern from "kernels.h" nogil:
         float *dv
         int64_t pairs
 
-    struct lora_part:
-        int64_t rank
-        float *u
-        float *m
-
     struct lora_down_args:
         int64_t n_tokens, n_cols
         const void *x
         int64_t x_type, x_stride
         float scale
         int64_t accumulate, n_parts
-        lora_part *parts
-
-    struct lora_up_args:
-        int64_t n_tokens, n_cols
-        const float *base
-        float scale
-        float *y
-        int64_t n_parts
         lora_part *parts
 
     struct lora_outer_args:

@@ -251,23 +251,31 @@ cdef class Linear(Node):
         cdef Tensor x, w, u, b, base
         x, w, _, _, u, b, base, scale, _, _, _ = self.recipe
         dy = grads[self.outputs[0]]
-        if x.needs_grad:
-            into = grads.into(x)
-            grads.add(x, grads.graph.add(LinearBack, dy, w, into, grads.graph.pairs)[0])
         if u is not None:
             if u.needs_grad:
                 into = grads.into(u)
                 grads.add(u, grads.graph.add(LoraDown, dy, scale, into, b)[0])
             if b.needs_grad:
                 grads.graph.add(LoraOuter, dy, scale, u, b.grad)
+        if x.needs_grad:
+            into = grads.into(x)
+            grads.add(x, grads.graph.add(LinearBack, dy, w, into, grads.graph.pairs)[0])
         if base is not None and base.needs_grad:
             grads.add(base, dy)
 
 
 cdef class LinearBack(Node):
-    """dx (+)= dy W"""
+    """dx (+)= dy W, and what adapters add to it"""
 
     cdef linear_back_args a
+    cdef tuple up  # scale, u, m, u, m ...
+
+    def add_up(self, float scale, *parts):
+        """Let dx grow by scale u m for pairs (u, m) besides; u is made by earlier nodes."""
+        require(self.up is None, "adapters add to a product once")
+        require_up(self.outputs[0], parts)
+        self.up = (scale, *parts)
+        self.inputs += parts
 
     def __init__(self, Tensor dy, Tensor w, Tensor into, bint pairs=False):
         require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
@@ -286,9 +294,11 @@ cdef class LinearBack(Node):
 
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
+        scale, *parts = self.up or (0.0,)
         self.a = linear_back_args(
             dy.rows, w.cols, w.rows, dy.data, w.data, w.type, dx.floats(),
-            self.recipe[2] is not None, self.pairs(), self.shared, dy.type, dy.stride)
+            self.recipe[2] is not None, self.pairs(), self.shared, dy.type, dy.stride,
+            lora_up_of(dx, dx, scale, tuple(parts)))
         self.args = &self.a
         return table.linear_back
 
@@ -514,38 +524,68 @@ cdef class LoraDown(Node):
             grads.graph.add(LoraOuter, x, scale, *flat(learning))
         if x.needs_grad:
             into = grads.into(x)
-            grads.add(x, grads.graph.add(LoraUp, into, scale, into is not None, *flat(pairs))[0])
+            us = [du for du, _ in pairs]
+            product = None if into is None else product_into(grads.graph, into, us)
+            if product is None:
+                into = grads.graph.add(LoraUp, into, scale, into is not None, *flat(pairs))[0]
+            else:
+                product.add_up(scale, *flat(pairs))
+            grads.add(x, into)
 
 
 cdef list flat(pairs):
     return [t for pair in pairs for t in pair]
 
 
+cdef int require_up(Tensor base, tuple parts) except -1:
+    cdef Tensor u, m
+    require_parts(parts[::2])
+    for u, m in zip(parts[::2], parts[1::2]):
+        require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
+        fits = base is None or (base.rows == u.rows and base.cols == m.cols)
+        require(fits, f"{m.name}: an adapter of {m.cols} columns does not fit its tensor")
+    return 0
+
+
+cdef lora_up_args lora_up_of(Tensor base, Tensor y, float scale, tuple parts) except *:
+    cdef lora_up_args a
+    a.n_tokens, a.n_cols, a.scale = y.rows, y.cols, scale
+    a.base = NULL if base is None else base.floats()
+    a.y, a.n_parts = y.floats(), len(parts) // 2
+    for i in range(len(parts) // 2):
+        a.parts[i] = lora_part_of(parts[2 * i], parts[2 * i + 1])
+    return a
+
+
+cdef LinearBack product_into(Graph graph, Tensor dx, us):
+    """The product that wrote dx last, if nothing has touched it since and all of `us` came before."""
+    for node in reversed(graph.nodes):
+        if dx in node.outputs or dx in node.inputs:
+            alone = isinstance(node, LinearBack) and (<LinearBack>node).up is None
+            return node if alone else None
+        if any([u in node.outputs for u in us]):
+            return None
+    return None
+
+
 cdef class LoraUp(Node):
-    """y = base + scale u m over pairs (u, m); base may be None for zero, and is written itself if `in_place`"""
+    """y = base + scale u m over pairs (u, m)
+
+    `base` may be None for zero, and is written itself if `in_place`.
+    """
 
     cdef lora_up_args a
 
     def __init__(self, Tensor base, float scale, bint in_place, *parts):
-        cdef Tensor u, m
-        require_parts(parts[::2])
-        for u, m in zip(parts[::2], parts[1::2]):
-            require(u.cols == m.rows, f"{m.name}: rank {m.rows} meets {u.cols}")
-            fits = base is None or (base.rows == u.rows and base.cols == m.cols)
-            require(fits, f"{m.name}: an adapter of {m.cols} columns does not fit its tensor")
+        cdef Tensor u = parts[0], m = parts[1]
+        require_up(base, parts)
         self.inputs = parts if base is None else (*parts, base)
         self.outputs = (base if in_place else result(m.name + ".up", u.rows, m.cols),)
         self.aliases = {0: len(parts)} if base is not None else {}
 
     cdef op_fn lower(self, const kernels *table) except NULL:
-        cdef Tensor y = self.outputs[0], base
         base, scale, _, *parts = self.recipe
-        self.a.n_tokens, self.a.n_cols, self.a.base = y.rows, y.cols, NULL
-        self.a.scale, self.a.y, self.a.n_parts = scale, y.floats(), len(parts) // 2
-        for i in range(len(parts) // 2):
-            self.a.parts[i] = lora_part_of(parts[2 * i], parts[2 * i + 1])
-        if base is not None:
-            self.a.base = base.floats()
+        self.a = lora_up_of(base, self.outputs[0], scale, tuple(parts))
         self.args = &self.a
         return table.lora_up
 

@@ -296,10 +296,15 @@ static void FP(linear_back_gemm)(const struct linear_back_args *a, const struct 
             int64_t rows = at_most(a->n_out - o, depth), steps = (rows + STEP - 1) / STEP;
             FP(weight_panels)(a, o, rows, col, cols, panels);
             for (int64_t t = 0; t < a->n_tokens; t += BACK_TOKENS)
-                for (int64_t j = 0; j < cols; j += TILE_LANES)
+                for (int64_t j = 0; j < cols; j += TILE_LANES) {
+                    int64_t tokens = at_most(a->n_tokens - t, BACK_TOKENS);
+                    int64_t lanes = at_most(cols - j, TILE_LANES);
                     FP(back_panel)(a, dy + t * stride + o, stride, steps, panels + j * steps, t,
-                        at_most(a->n_tokens - t, BACK_TOKENS), col + j,
-                        at_most(cols - j, TILE_LANES), o > 0 || a->accumulate);
+                        tokens, col + j, lanes, o > 0 || a->accumulate);
+                    if (o + rows == a->n_out && a->up.n_parts > 0)
+                        for (int64_t i = t; i < t + tokens; i++)
+                            FN(up_columns)(&a->up, i, col + j, lanes);
+                }
         }
     }
     PP(matrix_end)();

@@ -54,6 +54,24 @@ struct feed_forward_args {
         panels; /* gate.y and up.y are not there: all products are of one precision, nothing is rounded to bytes */
 };
 
+/* The A or B of an adapter, rank x n_cols, or its gradient, and u: n_tokens x rank. Up to LORA_PARTS adapters that meet
+ * the same rows go together, as those of queries, keys and values do, or of gate and up. */
+enum { LORA_PARTS = 3 };
+struct lora_part {
+    int64_t rank;
+    float *u, *m;
+};
+
+/* y[t][i] = base[t][i] + scale sum_r u[t][r] m[r][i], over all parts     base: NULL for zero; may be y */
+struct lora_up_args {
+    int64_t n_tokens, n_cols;
+    const float *base;
+    float scale;
+    float *y;
+    int64_t n_parts;
+    struct lora_part parts[LORA_PARTS];
+};
+
 /* dx[t][i] (+)= sum_o dy[t][o] W[o][i]                     packed, with pairs: back_packed_bytes(), unless dy is BF16,
  * which it may be where n_out is even. */
 struct linear_back_args {
@@ -65,6 +83,8 @@ struct linear_back_args {
     int64_t accumulate, pairs;
     void *packed;
     int64_t dy_type, dy_stride; /* elements from row to row; of F32 n_out */
+    struct lora_up_args
+        up; /* what adapters add to dx at last, its base and y; none if it has no parts */
 };
 
 enum { GEMV_TOKENS = 8 }; /* up to here a row of weights meets each token by a dot product */
@@ -223,14 +243,6 @@ struct attention_back_args {
 
 enum { ATTENTION_MAX_DIM = 512, ATTENTION_MAX_GROUP = 256 }; /* what the workers' scratch holds */
 
-/* The A or B of an adapter, rank x n_cols, or its gradient, and u: n_tokens x rank. Up to LORA_PARTS adapters that meet
- * the same rows go together, as those of queries, keys and values do, or of gate and up. */
-enum { LORA_PARTS = 3 };
-struct lora_part {
-    int64_t rank;
-    float *u, *m;
-};
-
 /* u[t][r] (+)= scale sum_i x[t][i] m[r][i], for each part    x: F32 or BF16, x_stride elements from row to row */
 struct lora_down_args {
     int64_t n_tokens, n_cols;
@@ -238,16 +250,6 @@ struct lora_down_args {
     int64_t x_type, x_stride;
     float scale;
     int64_t accumulate, n_parts;
-    struct lora_part parts[LORA_PARTS];
-};
-
-/* y[t][i] = base[t][i] + scale sum_r u[t][r] m[r][i], over all parts     base: NULL for zero; may be y */
-struct lora_up_args {
-    int64_t n_tokens, n_cols;
-    const float *base;
-    float scale;
-    float *y;
-    int64_t n_parts;
     struct lora_part parts[LORA_PARTS];
 };
 

@@ -144,6 +144,42 @@ V_INLINE void ask_for_adapter(struct adapter_lines *l, const struct linear_args 
             prefetch_row(a->b, (r * a->n_out + l->begin) * l->size + 64 * l->of_b);
 }
 
+enum { UP_COLUMNS = 64 };
+
+/* `vecs` vectors of a row, whose sums stay in registers; `lanes` of the last one. */
+V_INLINE void up_block(
+    const int vecs, const struct lora_up_args *a, int64_t t, int64_t first, int64_t lanes)
+{
+    vf sum[UP_COLUMNS / VL];
+    int64_t at = t * a->n_cols + first;
+#pragma GCC unroll 8
+    for (int j = 0; j < vecs; j++)
+        sum[j] = a->base ? v_load_some(a->base + at + j * VL, lanes) : v_zero();
+    for (int64_t i = 0; i < a->n_parts; i++) {
+        const struct lora_part *part = &a->parts[i];
+        for (int64_t r = 0; r < part->rank; r++) {
+            const float *m = part->m + r * a->n_cols + first;
+            vf u = v_set1(a->scale * part->u[t * part->rank + r]);
+#pragma GCC unroll 8
+            for (int j = 0; j < vecs; j++)
+                sum[j] = v_fma(u, v_load_some(m + j * VL, lanes), sum[j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < vecs; j++)
+        v_store_some(a->y + at + j * VL, sum[j], lanes);
+}
+
+/* n columns of row t, UP_COLUMNS at most. */
+static void FN(up_columns)(const struct lora_up_args *a, int64_t t, int64_t first, int64_t n)
+{
+    if (n == UP_COLUMNS)
+        up_block(UP_COLUMNS / VL, a, t, first, VL);
+    else
+        for (int64_t i = 0; i < n; i += VL)
+            up_block(1, a, t, first + i, at_most(n - i, VL));
+}
+
 /* Whether nothing comes on top of the products. */
 V_INLINE int is_finished(const struct linear_args *a) { return a->rank == 0 && !a->base; }
 

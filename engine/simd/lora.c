@@ -88,45 +88,14 @@ static void FN(lora_down)(const void *p, const struct worker *worker)
         down_tokens(TYPE_F32, a, begin, end);
 }
 
-enum { UP_COLUMNS = 64 };
-
-/* `vecs` vectors of a row, whose sums stay in registers; `lanes` of the last one. */
-V_INLINE void up_block(
-    const int vecs, const struct lora_up_args *a, int64_t t, int64_t first, int64_t lanes)
-{
-    vf sum[UP_COLUMNS / VL];
-    int64_t at = t * a->n_cols + first;
-#pragma GCC unroll 8
-    for (int j = 0; j < vecs; j++)
-        sum[j] = a->base ? v_load_some(a->base + at + j * VL, lanes) : v_zero();
-    for (int64_t i = 0; i < a->n_parts; i++) {
-        const struct lora_part *part = &a->parts[i];
-        for (int64_t r = 0; r < part->rank; r++) {
-            const float *m = part->m + r * a->n_cols + first;
-            vf u = v_set1(a->scale * part->u[t * part->rank + r]);
-#pragma GCC unroll 8
-            for (int j = 0; j < vecs; j++)
-                sum[j] = v_fma(u, v_load_some(m + j * VL, lanes), sum[j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < vecs; j++)
-        v_store_some(a->y + at + j * VL, sum[j], lanes);
-}
-
 static void FN(lora_up)(const void *p, const struct worker *worker)
 {
     const struct lora_up_args *a = p;
     int64_t begin, end, blocks = (a->n_cols + UP_COLUMNS - 1) / UP_COLUMNS;
     worker_range(worker, a->n_tokens * blocks, 1, &begin, &end);
     for (int64_t k = begin; k < end; k++) {
-        int64_t t = k / blocks, first = k % blocks * UP_COLUMNS;
-        if (first + UP_COLUMNS <= a->n_cols) {
-            up_block(UP_COLUMNS / VL, a, t, first, VL);
-            continue;
-        }
-        for (; first < a->n_cols; first += VL)
-            up_block(1, a, t, first, at_most(a->n_cols - first, VL));
+        int64_t first = k % blocks * UP_COLUMNS;
+        FN(up_columns)(a, k / blocks, first, at_most(a->n_cols - first, UP_COLUMNS));
     }
 }
 
