@@ -238,25 +238,22 @@ V_INLINE void next_chunk(struct results *out, int64_t n_panels)
 }
 
 /* Whole blocks stay in registers: what was stored and loaded again took five times as long. */
-V_INLINE void turn_whole_block(const struct linear_args *a, const float *c, int64_t t, int64_t o)
+V_INLINE void turn_whole_block(
+    const int y_type, const struct linear_args *a, const float *c, int64_t t, int64_t o)
 {
     vf sums[VL];
     v_turn(c, TILE_LANES, sums);
     for (int64_t r = 0; r < a->rank; r++) {
         vf b = v_load(a->b + r * a->n_out + o);
+        const float *u = a->u + t * a->rank + r;
 #pragma GCC unroll 16
-        for (int i = 0; i < VL; i++)
-            sums[i] = v_fma(v_set1(a->scale * a->u[(t + i) * a->rank + r]), b, sums[i]);
+        for (int i = 0; i < VL; i++, u += a->rank)
+            sums[i] = v_fma(v_set1(a->scale * *u), b, sums[i]);
     }
+    int64_t at = t * a->n_out + o;
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) {
-        int64_t at = (t + i) * a->n_out + o;
-        vf y = a->base ? v_add(v_load(a->base + at), sums[i]) : sums[i];
-        if (a->y_type == TYPE_BF16)
-            store_as(TYPE_BF16, a->y, at, y, VL);
-        else
-            store_as(TYPE_F32, a->y, at, y, VL);
-    }
+    for (int i = 0; i < VL; i++, at += a->n_out)
+        store_as(y_type, a->y, at, a->base ? v_add(v_load(a->base + at), sums[i]) : sums[i], VL);
 }
 
 /* Asks for what the block's results are added to: a line of each of VL rows, which lie far apart. */
@@ -277,7 +274,10 @@ static void FN(turn_block)(const struct leaving *l, int64_t block)
     int64_t t = l->t + token, o = l->o + row;
     const float *c = l->c + row * TILE_LANES + token;
     if (tokens == VL && rows == VL) {
-        turn_whole_block(l->a, c, t, o);
+        if (l->a->y_type == TYPE_BF16)
+            turn_whole_block(TYPE_BF16, l->a, c, t, o);
+        else
+            turn_whole_block(TYPE_F32, l->a, c, t, o);
         return;
     }
     float turned[VL * VL];

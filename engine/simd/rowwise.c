@@ -31,21 +31,38 @@ static void FN(rms_norm)(const void *p, const struct worker *worker)
         norm_rows(TYPE_F32, a, begin, end);
 }
 
+enum { NORM_VECS = 4 };
+
+/* dw of `vecs` vectors of columns from i on, of the last one `lanes`. */
+V_INLINE void norm_weights_back(
+    const int vecs, const struct rms_norm_back_args *a, int64_t i, int64_t lanes)
+{
+    vf sum[NORM_VECS];
+    const float *x = a->x + i, *dy = a->dy + i;
+#pragma GCC unroll 4
+    for (int j = 0; j < vecs; j++)
+        sum[j] = a->accumulate_w ? v_load_some(a->dw + i + j * VL, lanes) : v_zero();
+    for (int64_t t = 0; t < a->n_tokens; t++, x += a->n_cols, dy += a->n_cols)
+#pragma GCC unroll 4
+        for (int j = 0; j < vecs; j++) {
+            vf normed = v_mul(v_load_some(x + j * VL, lanes), v_set1(a->inv[t]));
+            sum[j] = v_fma(normed, v_load_some(dy + j * VL, lanes), sum[j]);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < vecs; j++)
+        v_store_some(a->dw + i + j * VL, sum[j], lanes);
+}
+
 static void FN(rms_norm_back)(const void *p, const struct worker *worker)
 {
     const struct rms_norm_back_args *a = p;
     int64_t begin, end, n = a->n_cols;
     if (a->dw) { /* columns are split, so that a column's sum runs over tokens in one order */
         worker_range(worker, n, VL, &begin, &end);
-        for (int64_t i = begin; i < end; i += VL) {
-            int64_t lanes = n - i < VL ? n - i : VL;
-            vf sum = a->accumulate_w ? v_load_some(a->dw + i, lanes) : v_zero();
-            for (int64_t t = 0; t < a->n_tokens; t++) {
-                vf x = v_mul(v_load_some(a->x + t * n + i, lanes), v_set1(a->inv[t]));
-                sum = v_fma(x, v_load_some(a->dy + t * n + i, lanes), sum);
-            }
-            v_store_some(a->dw + i, sum, lanes);
-        }
+        for (; begin + NORM_VECS * VL <= end; begin += NORM_VECS * VL)
+            norm_weights_back(NORM_VECS, a, begin, VL);
+        for (; begin < end; begin += VL)
+            norm_weights_back(1, a, begin, at_most(n - begin, VL));
         if (a->dx == a->dy)
             team_barrier(worker);
     }
