@@ -50,7 +50,15 @@ cdef const int32_t *ints(object array, int64_t n) except NULL:
 
 
 cdef Tensor result(str name, int64_t rows, int64_t cols, int type=F32):
+    require(type in (F32, BF16), f"{name}: results are F32 or BF16")
     return Tensor(name, rows, cols, type)
+
+
+cdef int require_pairs(Tensor t, const kernels *table) except -1:
+    """Products take BF16 activations in pairs, and only as such."""
+    fits = t.type == F32 or (table.pairs and t.cols % 2 == 0)
+    require(fits, f"{t.name}: without bf16 pairs a product takes F32")
+    return 0
 
 
 cdef int require_numbers(Tensor t, bint dense=True) except -1:
@@ -143,6 +151,7 @@ cdef class Pack(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor x = self.inputs[0], packed = self.outputs[0]
         _, type, partner, pairs = self.recipe
+        require_pairs(x, table)
         self.a = pack_args(x.rows, x.cols, x.data, type, partner, pairs, packed.data, x.type)
         self.args = &self.a
         return table.pack
@@ -211,6 +220,8 @@ cdef class Linear(Node):
         require_numbers(x)
         wide = packed is not None or x.type == type == F32
         require(wide, f"{w.name}: products of {x.rows} tokens are F32")
+        floats = pairs or not (partner and has_quant_dot(w.type))
+        require(floats or type == F32, f"{w.name}: products in bytes are F32")
         require(w.cols <= MAX_ROW, f"{w.name}: rows of {w.cols} are longer than {MAX_ROW}")
         if u is not None:
             fits = u.rows == x.rows and b.cols == w.rows and b.rows == u.cols
@@ -295,6 +306,7 @@ cdef class LinearBack(Node):
     cdef op_fn lower(self, const kernels *table) except NULL:
         cdef Tensor dy = self.inputs[0], w = self.inputs[1], dx = self.outputs[0]
         scale, *parts = self.up or (0.0,)
+        require_pairs(dy, table)
         self.a = linear_back_args(
             dy.rows, w.cols, w.rows, dy.data, w.data, w.type, dx.floats(),
             self.recipe[2] is not None, self.pairs(), self.shared, dy.type, dy.stride,

@@ -31,8 +31,10 @@ static void FP(pack_tokens)(const struct linear_args *a, const struct worker *wo
         memset(rows, 0, (size_t)(VL * steps * STEP) * sizeof *rows);
         for (int64_t i = 0; i < tokens; i++) {
             ELEM *row = rows + i * steps * STEP;
-            const ELEM *made = ready + (t + i) * k;
-            if (!ready) {
+            const ELEM *made;
+            if (ready) {
+                made = ready + (t + i) * k;
+            } else {
                 const float *x = token_row(a, t + i);
                 if (rounds(a))
                     FN(round_row)(a, x, rounded, (char *)(rows + VL * steps * STEP));
