@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from engine import ops
 from engine.autograd import backward
-from engine.dtypes import DType
+from engine.dtypes import BF16, F32, DType
 from engine.graph import Graph
 from engine.tensor import Tensor
+from tests import reference
 
 Array = NDArray[Any]
 f32 = np.float32
@@ -27,6 +28,21 @@ def given(array: Array, name: str = "given", *, writable: bool = False) -> Tenso
     """A float32 matrix as an external tensor."""
     rows, cols = array.shape
     return Tensor.external(name, array, rows, cols, 0, writable)
+
+
+def given_bf16(
+    array: Array, name: str = "given", guard: Callable[[Array], Array] = np.copy
+) -> Tensor:
+    """A float32 matrix, rounded, as an external BF16 tensor; `guard` copies its bytes."""
+    rows, cols = array.shape
+    return Tensor.external(name, guard(reference.encode(BF16, array)), rows, cols, BF16.id)
+
+
+def shown(graph: Graph, tensor: Tensor) -> Tensor:
+    """The numbers of a tensor of any type as F32: itself, or all of its rows as an embedding."""
+    if tensor.type == F32.id:
+        return tensor
+    return ops.embed(graph, tensor, np.arange(tensor.rows, dtype=np.int32), tensor.rows)
 
 
 def stored(data: Array, dtype: DType, rows: int, cols: int) -> Tensor:
@@ -66,10 +82,10 @@ Build = Callable[..., Tensor | Sequence[Tensor]]
 
 
 def compute(isa: str, build: Callable[[Graph], Any], n_threads: int = 1) -> list[Array]:
-    """Values of the tensors that `build` makes."""
+    """Values of the tensors that `build` makes, as float32."""
     graph = Graph(n_threads, isa)
     made = build(graph)
-    outputs = [made] if isinstance(made, Tensor) else list(made)
+    outputs = [shown(graph, tensor) for tensor in ([made] if isinstance(made, Tensor) else made)]
     for tensor in outputs:
         graph.keep(tensor)
     graph.plan()
