@@ -113,6 +113,7 @@ cdef class Embed(Node):
     cdef embed_args a
 
     def __init__(self, Tensor w, ids, int64_t n_tokens):
+        require(w.stride == w.cols, f"{w.name}: there must be no room between its rows")
         self.inputs = (w,)
         self.outputs = (result("embedding", n_tokens, w.cols),)
 

@@ -4,9 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 class Tensor:
-    def __init__(
-        self, name: str, rows: int, cols: int, type: int = 0, stride: int = 0
-    ) -> None: ...
+    def __init__(self, name: str, rows: int, cols: int, type: int = 0, stride: int = 0) -> None: ...
     @property
     def name(self) -> str: ...
     @property
