@@ -33,11 +33,13 @@ cdef class Graph:
     cdef int64_t n_steps
     cdef team_clock clock           # both NULL: unmeasured
     cdef object step_ns, wait_ns    # what it points to
+    cdef dict worked                # FLOPs and bytes since then of the steps whose work varies
     cdef readonly int64_t n_runs    # begun since `measure`
     cdef object arena, scratch
     cdef char *scratch_start
 
     cdef dict place(self)
+    cdef int count_work(self, int64_t first, int64_t last) except -1
     cdef object memory(self, int64_t n_bytes, lent)
     cdef int lower(self, step *steps, void *shared) except -1
     cdef int set_barriers(self, step *steps) except -1

@@ -53,8 +53,13 @@ cdef class Node:
         """What the node is called where times are told."""
         return type(self).__name__
 
+    @property
+    def varies(self) -> bool:
+        """Whether one run is more work than another."""
+        return False
+
     def work(self) -> tuple[float, float]:
-        """FLOPs of products and bytes moved, of one run."""
+        """FLOPs of products and bytes moved, of one run: the next one, where they differ."""
         cdef Tensor t
         return 0.0, float(sum([t.n_bytes() for t in self.inputs + self.outputs]))
 
@@ -305,11 +310,22 @@ cdef class Graph:
         cdef team_clock clock = self.clock
         if clock.steps != NULL:
             clock.steps += first
+            self.count_work(first, last)
             self.n_runs += first == 0
         with nogil:
             team_run(
                 self.steps + first, last - first, self.n_threads, self.scratch_start,
                 NULL if clock.steps == NULL else &clock)
+
+    cdef int count_work(self, int64_t first, int64_t last) except -1:
+        """Add up what differs from run to run; known before it, not when it is asked for."""
+        cdef int64_t i
+        for i in self.worked:
+            if first <= i < last:
+                flops, n_bytes = self.nodes[i].work()
+                before_flops, before_bytes = self.worked[i]
+                self.worked[i] = (before_flops + flops, before_bytes + n_bytes)
+        return 0
 
     def measure(self):
         """Plan, and from now on count the time of each step."""
@@ -319,6 +335,7 @@ cdef class Graph:
         steps = self.step_ns = np.zeros(max(self.n_steps, 1), np.int64)
         waits = self.wait_ns = np.zeros(self.n_threads, np.int64)
         self.clock = team_clock(&steps[0], &waits[0])
+        self.worked = {i: (0.0, 0.0) for i, node in enumerate(self.nodes) if node.varies}
         self.n_runs = 0
 
     def times(self) -> dict[str, tuple[int, float, float, float]]:
@@ -328,13 +345,16 @@ cdef class Graph:
         -------
         dict
             Label of a kind of step -> steps in a run, seconds over all runs, and FLOPs and bytes
-            of one run. The seconds are worker 0's, its waits included.
+            of one run, the mean of all. The seconds are worker 0's, its waits included.
         """
         cdef Node node
         out = {}
-        for node, ns in zip(self.nodes, self.step_ns, strict=True):
+        for i, (node, ns) in enumerate(zip(self.nodes, self.step_ns, strict=True)):
             n, seconds, flops, n_bytes = out.get(node.label, (0, 0.0, 0.0, 0.0))
-            more_flops, more_bytes = node.work()
+            if i in self.worked:
+                more_flops, more_bytes = [x / max(self.n_runs, 1) for x in self.worked[i]]
+            else:
+                more_flops, more_bytes = node.work()
             out[node.label] = (
                 n + 1, seconds + ns * 1e-9, flops + more_flops, n_bytes + more_bytes)
         return out

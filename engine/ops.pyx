@@ -1001,6 +1001,10 @@ cdef class Attention(Node):
         self.args = &self.a
         return table.attention
 
+    @property
+    def varies(self) -> bool:
+        return self.recipe[7] is not None
+
     def work(self) -> tuple[float, float]:
         cdef Tensor q = self.inputs[0], k = self.inputs[1]
         n_seq, n_past = self.recipe[3], self.recipe[7]

@@ -211,7 +211,8 @@ def c_fields(struct: str) -> list[str]:
     assert body is not None, f"kernels.h has no struct {struct}"
     fields = []
     for declaration in body[1].split(";")[:-1]:
-        fields += [re.findall(r"\w+", part)[-1] for part in declaration.split(",")]
+        plain = re.sub(r"\[\w+\]", "", declaration)
+        fields += [re.findall(r"\w+", part)[-1] for part in plain.split(",")]
     return fields
 
 

@@ -45,6 +45,20 @@ def test_steps_work_and_bytes_are_those_of_all_runs(isa: str, rng: np.random.Gen
     assert any(w[1] == "Add" for w in words)
 
 
+def test_attention_counts_the_keys_that_each_run_saw(isa: str, rng: np.random.Generator) -> None:
+    n_past, graph = np.zeros(1, np.int32), Graph(1, isa)
+    q, cache = given(random(rng, 4, 16)), given(random(rng, 32, 16))
+    graph.keep(ops.attention(graph, q, cache, cache, 1, 1, 1, 0.25, n_past))
+    graph.measure()
+    for n_past[0] in (0, 4, 28):
+        graph.run()
+    n_past[0] = 9
+    times = OpTimes()
+    times.add(graph)
+    pairs = 3 * (1 + 2 + 3 + 4) + 4 * (4 + 28)
+    assert times.flops == 4 * 16 * pairs
+
+
 def test_a_run_in_parts_is_one_run(isa: str, rng: np.random.Generator) -> None:
     graph = product(isa, rng)
     graph.measure()

@@ -1,4 +1,4 @@
-"""Thin products of adapters: several that meet the same rows, many tokens, rows with room between."""
+"""Thin products of adapters: several that meet the same rows, many tokens, room between rows."""
 
 from __future__ import annotations
 
