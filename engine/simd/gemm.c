@@ -304,8 +304,7 @@ static void FP(linear_back_gemm)(const struct linear_back_args *a, const struct 
                     FP(back_panel)(a, dy + t * stride + o, stride, steps, panels + j * steps, t,
                         tokens, col + j, lanes, o > 0 || a->accumulate);
                     if (o + rows == a->n_out && a->up.n_parts > 0)
-                        for (int64_t i = t; i < t + tokens; i++)
-                            FN(up_columns)(&a->up, i, col + j, lanes);
+                        FN(up_columns)(&a->up, t, t + tokens, col + j, lanes);
                 }
         }
     }

@@ -144,40 +144,61 @@ V_INLINE void ask_for_adapter(struct adapter_lines *l, const struct linear_args 
             prefetch_row(a->b, (r * a->n_out + l->begin) * l->size + 64 * l->of_b);
 }
 
-enum { UP_COLUMNS = 64 };
+enum { UP_COLUMNS = TILE_LANES, UP_TOKENS = 4 }; /* whose sums stay in registers */
 
-/* `vecs` vectors of a row, whose sums stay in registers; `lanes` of the last one. */
-V_INLINE void up_block(
-    const int vecs, const struct lora_up_args *a, int64_t t, int64_t first, int64_t lanes)
+/* `vecs` vectors of `tokens` rows, a factor loaded once for all of these; `lanes` of the last vector. */
+V_INLINE void up_block(const int tokens, const int vecs, const struct lora_up_args *a, int64_t t,
+    int64_t first, int64_t lanes)
 {
-    vf sum[UP_COLUMNS / VL];
-    int64_t at = t * a->n_cols + first;
-#pragma GCC unroll 8
-    for (int j = 0; j < vecs; j++)
-        sum[j] = a->base ? v_load_some(a->base + at + j * VL, lanes) : v_zero();
+    vf sum[UP_TOKENS][TILE_VECS];
+    int64_t n = a->n_cols, at = t * n + first;
+#pragma GCC unroll 4
+    for (int k = 0; k < tokens; k++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vecs; j++)
+            sum[k][j] = a->base ? v_load_some(a->base + at + k * n + j * VL, lanes) : v_zero();
     for (int64_t i = 0; i < a->n_parts; i++) {
         const struct lora_part *part = &a->parts[i];
-        for (int64_t r = 0; r < part->rank; r++) {
-            const float *m = part->m + r * a->n_cols + first;
-            vf u = v_set1(a->scale * part->u[t * part->rank + r]);
-#pragma GCC unroll 8
+        const float *m = part->m + first, *u = part->u + t * part->rank;
+        for (int64_t r = 0; r < part->rank; r++, m += n) {
+            vf row[TILE_VECS];
+#pragma GCC unroll 4
             for (int j = 0; j < vecs; j++)
-                sum[j] = v_fma(u, v_load_some(m + j * VL, lanes), sum[j]);
+                row[j] = v_load_some(m + j * VL, lanes);
+#pragma GCC unroll 4
+            for (int k = 0; k < tokens; k++) {
+                vf factor = v_set1(a->scale * u[k * part->rank + r]);
+#pragma GCC unroll 4
+                for (int j = 0; j < vecs; j++)
+                    sum[k][j] = v_fma(factor, row[j], sum[k][j]);
+            }
         }
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < vecs; j++)
-        v_store_some(a->y + at + j * VL, sum[j], lanes);
+#pragma GCC unroll 4
+    for (int k = 0; k < tokens; k++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vecs; j++)
+            v_store_some(a->y + at + k * n + j * VL, sum[k][j], lanes);
 }
 
-/* n columns of row t, UP_COLUMNS at most. */
-static void FN(up_columns)(const struct lora_up_args *a, int64_t t, int64_t first, int64_t n)
+/* n columns of some rows. */
+V_INLINE void up_rows(
+    const int tokens, const struct lora_up_args *a, int64_t t, int64_t first, int64_t n)
 {
-    if (n == UP_COLUMNS)
-        up_block(UP_COLUMNS / VL, a, t, first, VL);
-    else
-        for (int64_t i = 0; i < n; i += VL)
-            up_block(1, a, t, first + i, at_most(n - i, VL));
+    for (; n >= UP_COLUMNS; n -= UP_COLUMNS, first += UP_COLUMNS)
+        up_block(tokens, TILE_VECS, a, t, first, VL);
+    for (; n > 0; n -= VL, first += VL)
+        up_block(tokens, 1, a, t, first, at_most(n, VL));
+}
+
+/* n columns of rows t ... end. */
+static void FN(up_columns)(
+    const struct lora_up_args *a, int64_t t, int64_t end, int64_t first, int64_t n)
+{
+    for (; t + UP_TOKENS <= end; t += UP_TOKENS)
+        up_rows(UP_TOKENS, a, t, first, n);
+    for (; t < end; t++)
+        up_rows(1, a, t, first, n);
 }
 
 /* Whether nothing comes on top of the products. */

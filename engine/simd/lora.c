@@ -91,12 +91,9 @@ static void FN(lora_down)(const void *p, const struct worker *worker)
 static void FN(lora_up)(const void *p, const struct worker *worker)
 {
     const struct lora_up_args *a = p;
-    int64_t begin, end, blocks = (a->n_cols + UP_COLUMNS - 1) / UP_COLUMNS;
-    worker_range(worker, a->n_tokens * blocks, 1, &begin, &end);
-    for (int64_t k = begin; k < end; k++) {
-        int64_t first = k % blocks * UP_COLUMNS;
-        FN(up_columns)(a, k / blocks, first, at_most(a->n_cols - first, UP_COLUMNS));
-    }
+    int64_t begin, end;
+    worker_range(worker, a->n_tokens, 1, &begin, &end);
+    FN(up_columns)(a, begin, end, 0, a->n_cols);
 }
 
 enum {
