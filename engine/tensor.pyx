@@ -1,7 +1,7 @@
 """Tensors: a shape, a stored type, bytes, and whoever owns them.
 
-Every tensor is a matrix of ``rows`` x ``cols`` whose rows lie one behind the other, with room between them
-only where `stride` says so. A tensor is one of
+Every tensor is a matrix of ``rows`` x ``cols`` whose rows lie one behind the other, with room
+between them only where `stride` says so. A tensor is one of
 
 - *external*: bytes of somebody else (a weight in a mapped file, a parameter in an array),
 - *planned*: written by a node of a graph, its place given by the graph's plan,

@@ -65,13 +65,13 @@ from engine.ops.rows import (
 )
 
 __all__ = [
+    "DOT_RANK",
+    "DOT_TOKENS",
     "Add",
     "Attention",
     "AttentionBack",
     "CacheStore",
     "CrossEntropy",
-    "DOT_RANK",
-    "DOT_TOKENS",
     "Embed",
     "FeedForward",
     "Linear",

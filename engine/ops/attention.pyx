@@ -5,7 +5,7 @@ from engine.kernels cimport (
     ATTENTION_MAX_DIM, ATTENTION_MAX_GROUP, attention_args, attention_back_args,
     attention_part_bytes, block_elements, kernels, op_fn,
 )
-from engine.ops.checks cimport BF16, F32, ints, require, require_numbers, result
+from engine.ops.checks cimport F32, ints, require, require_numbers, result
 from engine.tensor cimport Tensor
 from libc.stdint cimport int64_t
 
@@ -107,7 +107,8 @@ cdef class AttentionBack(Node):
         self.a = attention_back_args(
             n_seq, q.rows // <int64_t>n_seq, n_head, n_head_kv, q.cols // <int64_t>n_head,
             q.data, k.data, v.data, out.data, q.type, k.type, v.type, out.type, lse.floats(),
-            dout.floats(), NULL, scale, delta.floats(), dq.floats(), dk.floats(), dv.floats(), pairs)
+            dout.floats(), NULL, scale, delta.floats(), dq.floats(), dk.floats(), dv.floats(),
+            pairs)
         if first_key is not None:
             self.a.first_key = ints(first_key, q.rows)
         self.args = &self.a
