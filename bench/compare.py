@@ -12,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import statistics
 import sys
 import tempfile
 import time
@@ -140,10 +141,24 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure_peak(n_threads: int) -> tuple[str, Peak]:
-    """Variant and peaks, from a child: memory that this process once had would count as theirs."""
-    with started("ours", sys.executable, {"kind": "peak", "threads": n_threads}) as child:
-        return child.first["isa"], Peak(**child.first["peak"])
+class Gauge:
+    """The machine's peaks, taken in each round: a machine that others share is never the same.
+
+    Measured by a child, for memory that this process once had would count as theirs.
+    """
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self.isa: str = child.first["isa"]
+        self.found = [child.first["peak"]]
+
+    def round(self) -> None:
+        self.found.append(self._child.round()["peak"])
+
+    def median(self, since: int = 0) -> Peak:
+        """Peaks of all rounds, or of those since so many were measured."""
+        some = self.found[since:]
+        return Peak(**{unit: statistics.median(one[unit] for one in some) for unit in some[0]})
 
 
 def model_path(name: str) -> str:
@@ -156,9 +171,9 @@ def model_path(name: str) -> str:
 
 
 def alternate(
-    case: Case, n_threads: int, peers: Sequence[Peer], n_rounds: int
+    case: Case, n_threads: int, peers: Sequence[Peer], n_rounds: int, gauge: Gauge
 ) -> dict[str, list[dict[str, Any]]]:
-    """Figures of each round by engine; a peer that fails is left out with a line."""
+    """Figures of each round by engine, and peaks; a peer that fails is left out with a line."""
     told = {**case.args, "kind": case.kind, "threads": n_threads}
     if case.model:
         told["model"] = model_path(case.model)
@@ -172,6 +187,7 @@ def alternate(
                 note(f"skipped: {peer.label}: {case.what}: {error}")
         figures: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
         for _ in range(n_rounds):
+            gauge.round()
             for name, child in children.items():
                 figures[name].append(child.round())
     return figures
@@ -214,6 +230,37 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def run_cases(
+    options: argparse.Namespace,
+    n_threads: int,
+    peers: Sequence[Peer],
+    gauge: Gauge,
+    result: dict[str, Any],
+) -> bool:
+    """Measure the chosen cases with so many threads into `result`; whether none of ours failed."""
+    whole, first = True, n_threads == options.threads[0]
+    for case in CASES:
+        if not re.search(options.only, case.what) or not (first or case.kind in SCALING):
+            continue
+        small = quick(case) if options.quick else case
+        able = [peer for peer in peers if first and peer.can(case)]
+        before = len(gauge.found)
+        try:
+            figures = alternate(small, n_threads, able, options.rounds, gauge)
+        except Failed as error:
+            note(f"failed: {case.what}: {error}")
+            whole = False
+            continue
+        warn_of_others(case, figures)
+        rows = rows_of(small, n_threads, gauge.median(before), figures)
+        print("\n".join(map(line_of, rows)), flush=True)
+        result["rows"] += rows
+        result["peaks"][threads_text(n_threads)] = gauge.median().rounded()
+        if not options.quick:
+            kept(result)
+    return whole
+
+
 def compare(options: argparse.Namespace, peers: Sequence[Peer]) -> tuple[dict[str, Any], bool]:
     """Measure the chosen cases with each count of threads; peers with the first.
 
@@ -227,30 +274,14 @@ def compare(options: argparse.Namespace, peers: Sequence[Peer]) -> tuple[dict[st
         Whether no case of ours failed.
     """
     result: dict[str, Any] = {"peaks": {}, "rows": []}
-    chosen = [case for case in CASES if re.search(options.only, case.what)]
     whole = True
     for n_threads in options.threads:
-        first = n_threads == options.threads[0]
-        result["isa"], peak = measure_peak(n_threads)
-        result["peaks"][threads_text(n_threads)] = peak.rounded()
-        print(f"{threads_text(n_threads)}, kernels {result['isa']}: {peak}", flush=True)
-        for case in chosen:
-            if not first and case.kind not in SCALING:
-                continue
-            small = quick(case) if options.quick else case
-            able = [peer for peer in peers if first and peer.can(case)]
-            try:
-                figures = alternate(small, n_threads, able, options.rounds)
-            except Failed as error:
-                note(f"failed: {case.what}: {error}")
-                whole = False
-                continue
-            warn_of_others(case, figures)
-            rows = rows_of(small, n_threads, peak, figures)
-            print("\n".join(map(line_of, rows)), flush=True)
-            result["rows"] += rows
-            if not options.quick:
-                kept(result)
+        told = {"kind": "peak", "threads": n_threads}
+        with started("ours", sys.executable, told) as child:
+            gauge = Gauge(child)
+            result["isa"] = gauge.isa
+            print(f"{threads_text(n_threads)}, kernels {gauge.isa}: {gauge.median()}", flush=True)
+            whole = run_cases(options, n_threads, peers, gauge, result) and whole
     return result, whole
 
 
