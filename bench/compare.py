@@ -94,8 +94,11 @@ class Child:
     def round(self) -> dict[str, Any]:
         time.sleep(PAUSE)
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise Failed(f"ended with status {self._process.wait()}") from error
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -173,7 +176,7 @@ def model_path(name: str) -> str:
 def alternate(
     case: Case, n_threads: int, peers: Sequence[Peer], n_rounds: int, gauge: Gauge
 ) -> dict[str, list[dict[str, Any]]]:
-    """Figures of each round by engine, and peaks; a peer that fails is left out with a line."""
+    """Figures of each round by engine; peaks go to the gauge, a peer that fails is left out."""
     told = {**case.args, "kind": case.kind, "threads": n_threads}
     if case.model:
         told["model"] = model_path(case.model)
@@ -238,7 +241,8 @@ def run_cases(
     result: dict[str, Any],
 ) -> bool:
     """Measure the chosen cases with so many threads into `result`; whether none of ours failed."""
-    whole, first = True, n_threads == options.threads[0]
+    whole = True
+    first = n_threads == options.threads[0]
     for case in CASES:
         if not re.search(options.only, case.what) or not (first or case.kind in SCALING):
             continue
@@ -280,6 +284,7 @@ def compare(options: argparse.Namespace, peers: Sequence[Peer]) -> tuple[dict[st
         with started("ours", sys.executable, told) as child:
             gauge = Gauge(child)
             result["isa"] = gauge.isa
+            result["peaks"][threads_text(n_threads)] = gauge.median().rounded()
             print(f"{threads_text(n_threads)}, kernels {gauge.isa}: {gauge.median()}", flush=True)
             whole = run_cases(options, n_threads, peers, gauge, result) and whole
     return result, whole

@@ -121,9 +121,9 @@ cdef class Tensor:
         Raises
         ------
         ShapeError
-            If the tensor is stored in another type or has no place yet.
+            If the tensor is stored in another type, with room between rows, or has no place yet.
         """
-        if self.type != 0 or self.data == NULL:
+        if self.type != 0 or self.data == NULL or self.stride != self.cols:
             raise ShapeError(f"tensor {self.name}: no float32 values to show")
         start = <size_t>self.data - <size_t>self.owner.ctypes.data
         values = self.owner[start : start + self.n_bytes()].view(np.float32)

@@ -191,3 +191,27 @@ def test_too_many_adapters_and_results_of_their_own_are_refused(isa, rng):
         graph.add(ops.LoraDown, x, 1.0, None, m, m, m, m)
     with pytest.raises(ShapeError, match="one product is accumulated at a time"):
         graph.add(ops.LoraDown, x, 1.0, into, m, m)
+
+
+def test_a_product_that_only_reads_a_gradient_does_not_add_to_it(isa, rng):
+    """dx of x + h W is also dy of the product with W; what adapters of x add must not go there."""
+    n, d = 12, 32
+    w, b = random(rng, d, d), random(rng, 3, d)
+    graph = Graph(1, isa)
+    x, h = planned(graph, random(rng, n, d)), planned(graph, random(rng, n, d))
+    (a, _), dy, ds = trained(random(rng, 3, d)), random(rng, n, d), random(rng, n, d)
+    first = len(graph.nodes)
+    u = ops.lora_down(graph, x, a)
+    y = ops.add(graph, x, ops.linear(graph, h, given(w)))
+    s = ops.lora_up(graph, None, u, given(b), 1.0)
+    nodes = graph.nodes[first:]
+    # In the arena: what lies elsewhere is never added to.
+    seeds = {y: ops.add(graph, given(dy), ops.zero(graph, "zero", n, d)), s: given(ds)}
+    found = backward(graph, nodes, seeds)
+    kept = [graph.keep(found[t]) for t in (x, h)]
+    graph.run()
+    dx, dh = (t.numpy() for t in kept)
+    weights = np.asarray(a.numpy())
+    size = abs(dy) + abs(ds) @ abs(b.T) @ abs(weights)
+    assert_close(dx, dy + (ds.astype(np.float64) @ b.T) @ weights, size, chain(40))
+    assert_close(dh, reference.linear_back(dy, w), reference.linear_back(abs(dy), abs(w)), chain(d))

@@ -22,7 +22,7 @@ cdef int require_parts(tuple parts) except -1:
 
 
 cdef class LoraDown(Node):
-    """u (+)= scale x m' for each m; accumulated into a tensor if there is one m."""
+    """u = scale x m' for each m; a single one may be added to `into`."""
 
     cdef lora_down_args a
 
@@ -97,9 +97,9 @@ cdef object product_into(Graph graph, Tensor dx, us):
     Nothing has touched dx since, then. Such a node has `add_up` (see `LinearBack` in products.pyx).
     """
     for node in reversed(graph.nodes):
-        if dx in node.outputs or dx in node.inputs:
+        if dx in node.outputs:
             return node if getattr(node, "adds_up", False) else None
-        if any([u in node.outputs for u in us]):
+        if dx in node.inputs or any([u in node.outputs for u in us]):
             return None
     return None
 

@@ -37,6 +37,8 @@ cdef class Attention(Node):
         require_numbers(q)
         for cache in (k, v):
             block = block_elements((<Tensor>cache).type)
+            dense = (<Tensor>cache).stride == (<Tensor>cache).cols
+            require(dense, f"{cache.name}: there must be no room between its rows")
             fits = block > 0 and head_dim % block == 0
             require(fits, f"{cache.name}: heads of {head_dim} are no whole blocks of its type")
         self.inputs = (q, k, v)

@@ -33,9 +33,10 @@ def multiplies_pairs(Graph graph, Tensor w) -> bool:
 
 
 def kept_type(Graph graph, int64_t n_tokens, weights) -> int:
-    """Type of what is kept for the way back and meets nothing but these weights: F32 or BF16.
+    """Type of what is kept for the way back and meets these weights, or comes from them.
 
-    BF16 where the graph keeps it so (`Graph.rounded`) and every product rounds it anyway.
+    BF16 where the graph keeps it so (`Graph.rounded`) and all their products are made in pairs,
+    F32 else.
     """
     cdef Tensor w
     if not graph.rounded or n_tokens <= GEMV_TOKENS:
@@ -195,6 +196,14 @@ cdef class LinearBack(Node):
     cdef linear_back_args a
     cdef tuple up  # scale, u, m, u, m ...
 
+    def __init__(self, Tensor dy, Tensor w, Tensor into, bint pairs=False):
+        require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
+        require_numbers(dy, dense=dy.type == F32)
+        rounds = dy.cols % 2 == 0 and in_pairs(w, False, pairs)
+        require(dy.type == F32 or rounds, f"{dy.name}: its product does not round to BF16")
+        self.inputs = (dy, w)
+        self.outputs = (into if into is not None else result(w.name + ".dx", dy.rows, w.cols),)
+
     @property
     def adds_up(self) -> bool:
         """Whether `add_up` may be called, once."""
@@ -206,14 +215,6 @@ cdef class LinearBack(Node):
         require_up(self.outputs[0], parts)
         self.up = (scale, *parts)
         self.inputs += parts
-
-    def __init__(self, Tensor dy, Tensor w, Tensor into, bint pairs=False):
-        require(dy.cols == w.rows, f"{w.name}: {w.rows} outputs meet gradients of {dy.cols}")
-        require_numbers(dy, dense=False)
-        rounds = dy.cols % 2 == 0 and in_pairs(w, False, pairs)
-        require(dy.type == F32 or rounds, f"{dy.name}: its product does not round to BF16")
-        self.inputs = (dy, w)
-        self.outputs = (into if into is not None else result(w.name + ".dx", dy.rows, w.cols),)
 
     cdef bint pairs(self):
         return len(self.recipe) > 3 and in_pairs(self.inputs[1], False, self.recipe[3])
@@ -380,7 +381,8 @@ def feed_forward(
 ):
     """base + (silu(x G') (x U')) D' in one step: what lies between the products stays packed.
 
-    It has no gradient. The values are those of the single steps, bit by bit.
+    It has no gradient. The values are those of the single steps, bit by bit, where these keep F32
+    between them.
 
     Parameters
     ----------

@@ -153,6 +153,7 @@ cdef class SiluMul(Node):
     def __init__(self, Tensor g, Tensor u, int type):
         require(g.rows == u.rows and g.cols == u.cols, f"gate of {g.cols} columns meets {u.cols}")
         require_numbers(g)
+        require_numbers(u)
         require(g.type == u.type, f"{g.name} and {u.name} are of two types")
         require(type == BF16 or g.type == F32, "what is gated in BF16 stays so")
         self.inputs = (g, u)
@@ -176,6 +177,8 @@ cdef class SiluMulBack(Node):
     cdef silu_mul_back_args a
 
     def __init__(self, Tensor g, Tensor u, Tensor dy):
+        require_numbers(g)
+        require_numbers(u)
         self.inputs = (g, u, dy)
         names = ("silu.dg", "silu.du")
         self.outputs = tuple([result(name, g.rows, g.cols, g.type) for name in names])

@@ -16,10 +16,7 @@ enum {
 #endif
 };
 
-V_INLINE int64_t PP(padded_dim)(int64_t d)
-{
-    return (d + PP(dim_grain) - 1) / PP(dim_grain) * PP(dim_grain);
-}
+V_INLINE int64_t PP(padded_dim)(int64_t d) { return round_up(d, PP(dim_grain)); }
 
 /* A block's rows with the lanes they belong to along the lanes: [panel][step][TILE_LANES], zero in lanes that have
  * no query. */

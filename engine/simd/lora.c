@@ -99,8 +99,9 @@ static void FN(lora_up)(const void *p, const struct worker *worker)
 enum {
     OUTER_RANKS = 4,
     OUTER_VECS = 4,
-    OUTER_SPAN = 512, /* columns whose sums are worked on at a time: they stay in the first cache */
-    OUTER_TOKENS = 8, /* with so many tokens, for one rank after another */
+    OUTER_SPAN =
+        512, /* columns whose sums are worked on at a time: few ranks stay in the first cache */
+    OUTER_TOKENS = 8,   /* with so many tokens, for one rank after another */
     OUTER_WINDOW = 256, /* ranks of each adapter whose sums the scratch holds */
 };
 
@@ -108,7 +109,8 @@ _Static_assert((int64_t)LORA_PARTS * OUTER_WINDOW * OUTER_SPAN * 4 <= WORKER_SCR
     "sums of the ranks of all adapters do not fit a worker's scratch");
 
 /* sums[r][c] += sum over tokens of u[t][r] x[t][c] for some ranks and `vecs` VL columns: a load of x serves all ranks,
- * and a column's sum runs over the tokens in order. The same columns of the tokens that come next are asked for. Called with constants, so that sums stay in registers. */
+ * and a column's sum runs over the tokens in order. The same columns of the tokens that come next are asked for.
+ * Called with constants, so that sums stay in registers. */
 V_INLINE void outer_block(const int type, const int ranks, const int vecs, int64_t n_tokens,
     const void *x, int64_t at, int64_t x_stride, const float *u, int64_t u_stride, int64_t lanes,
     float *sums)

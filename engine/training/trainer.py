@@ -136,8 +136,11 @@ class _Pass:
         So few logits stand in memory, LOGIT_BYTES or a part of all, and none is computed twice.
         """
         graph = self.graph
-        rows = max(1, LOGIT_BYTES // (4 * builder.h.n_vocab), hidden.rows // LOGIT_BLOCKS)
-        rows = min(hidden.rows, rows - rows % PANEL_TOKENS if rows > PANEL_TOKENS else rows)
+        rows = max(1, LOGIT_BYTES // (4 * builder.h.n_vocab))
+        rows -= rows % PANEL_TOKENS if rows > PANEL_TOKENS else 0
+        part_of_all = -(-hidden.rows // (LOGIT_BLOCKS * PANEL_TOKENS)) * PANEL_TOKENS
+        if hidden.rows >= LOGIT_BLOCKS * PANEL_TOKENS:
+            rows = max(rows, part_of_all)
         dhidden = None
         if gradients and hidden.needs_grad:
             dhidden = ops.zero(graph, "dhidden", hidden.rows, hidden.cols)
