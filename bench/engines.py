@@ -111,11 +111,11 @@ class Inference(ABC):
 
 class Ours(Inference):
     def peak(self, case: Figures) -> Round:
-        from bench.peaks import measure_peak
+        from bench.peaks import measure_peak, to_read
         from engine.kernels import active_isa
 
-        isa = active_isa()
-        return lambda: {"isa": isa, "peak": measure_peak(isa, case["threads"]).rounded()}
+        isa, data = active_isa(), to_read()
+        return lambda: {"isa": isa, "peak": measure_peak(isa, case["threads"], data).rounded()}
 
     def load(self, case: Figures, n_ctx: int) -> None:
         from engine import Context, Model

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.perf import measure_peaks
 
 THREADS = int(os.environ.get("BENCH_THREADS", "0")) or len(os.sched_getaffinity(0))
@@ -40,8 +43,15 @@ class Peak:
         return {name: round(value, 1) for name, value in asdict(self).items()}
 
 
-def measure_peak(isa: str, n_threads: int = THREADS) -> Peak:
-    """Peaks of a variant; takes about a second."""
-    found = measure_peaks(n_threads, isa, READ_BYTES)
+def to_read() -> NDArray[np.float32]:
+    """What is read."""
+    return np.ones(READ_BYTES // 4, np.float32)
+
+
+def measure_peak(
+    isa: str, n_threads: int = THREADS, data: NDArray[np.float32] | None = None
+) -> Peak:
+    """Peaks of a variant, reading `data`; takes about a second."""
+    found = measure_peaks(n_threads, isa, data=to_read() if data is None else data)
     rates = (found.flops.get(unit, 0.0) / 1e9 for unit in ("fma", "pairs", "tiles"))
     return Peak(*rates, reads=found.read_bytes / 1e9)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine import ops
 from engine.graph import Graph
@@ -49,7 +50,12 @@ class Peaks:
         return ", ".join([*rates, f"{self.read_bytes / 1e9:.1f} GB/s of reads"])
 
 
-def measure_peaks(n_threads: int, isa: str | None = None, read_bytes: int = _READ_BYTES) -> Peaks:
+def measure_peaks(
+    n_threads: int,
+    isa: str | None = None,
+    read_bytes: int = _READ_BYTES,
+    data: NDArray[np.float32] | None = None,
+) -> Peaks:
     """Measure arithmetic without memory and memory without arithmetic; about half a second.
 
     Parameters
@@ -59,6 +65,9 @@ def measure_peaks(n_threads: int, isa: str | None = None, read_bytes: int = _REA
         Kernel variant.
     read_bytes : int
         To read, more than the caches hold.
+    data : ndarray of float32, optional
+        To read instead: who measures often keeps it, for memory that comes and goes is work for
+        the machine.
     """
     flops = {}
     for unit, steps in _STEPS.items():
@@ -67,9 +76,10 @@ def measure_peaks(n_threads: int, isa: str | None = None, read_bytes: int = _REA
         if work:
             flops[unit] = work / _best_seconds(graph.run)
     reading = Graph(n_threads, isa)
-    data = np.ones(read_bytes // 4, np.float32)
+    if data is None:
+        data = np.ones(read_bytes // 4, np.float32)
     ops.probe(reading, data=Tensor.external("data", data, 1, data.size))
-    return Peaks(n_threads, isa or active_isa(), flops, read_bytes / _best_seconds(reading.run))
+    return Peaks(n_threads, isa or active_isa(), flops, data.nbytes / _best_seconds(reading.run))
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
