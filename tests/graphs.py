@@ -78,6 +78,12 @@ def adapter_of(x: Array, sizes: list[tuple[int, int, int]]) -> SimpleNamespace:
     return SimpleNamespace(flat=x, pairs=pairs)
 
 
+def weight(rng: np.random.Generator, dtype: DType, rows: int, cols: int) -> tuple[Array, Array]:
+    """Stored bytes of a random matrix, and what they mean."""
+    data = reference.encode(dtype, random(rng, rows, cols))
+    return data, reference.decode_row(dtype, data).reshape(rows, cols)
+
+
 Build = Callable[..., Tensor | Sequence[Tensor]]
 
 

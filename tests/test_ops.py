@@ -23,7 +23,7 @@ from tests import reference
 from tests.bounds import BLOCK, rounding_error
 from tests.compare import assert_close, assert_same_bits, chain
 from tests.conftest import Guard
-from tests.graphs import compute, f32, given, planned, random, stored
+from tests.graphs import compute, f32, given, planned, random, stored, weight
 
 Array = NDArray[Any]
 
@@ -36,12 +36,6 @@ ROUNDED = [dtypes.Q4_0, dtypes.Q4_1, dtypes.Q5_0, dtypes.Q5_1, dtypes.Q8_0]
 by_tokens = pytest.mark.parametrize("n_tokens", TOKENS)
 by_columns = pytest.mark.parametrize("n_cols", COLUMNS)
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
-
-
-def weight(rng: np.random.Generator, dtype: DType, rows: int, cols: int) -> tuple[Array, Array]:
-    """Stored bytes of a random matrix, and what they mean."""
-    data = reference.encode(dtype, random(rng, rows, cols))
-    return data, reference.decode_row(dtype, data).reshape(rows, cols)
 
 
 def linear(

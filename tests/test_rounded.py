@@ -22,7 +22,7 @@ from engine.training.trainer import Trainer
 from tests import reference
 from tests.bounds import attention_size, in_bf16
 from tests.compare import EPS, PAIR_EPS, assert_close, assert_same_bits, chain
-from tests.graphs import compute, f32, given, given_bf16, planned, random, stored
+from tests.graphs import compute, f32, given, given_bf16, planned, random, stored, weight
 
 Array = NDArray[Any]
 COLUMNS = [1, 7, 16, 17, 33, 64, 65, 130, 576]
@@ -49,12 +49,6 @@ by_attention = pytest.mark.parametrize("sizes", ATTENTIONS, ids=str)
 def numbers(x: Array) -> Array:
     """Floats as BF16 holds them."""
     return in_bf16(x).astype(f32)
-
-
-def weight(rng: np.random.Generator, dtype: DType, rows: int, cols: int) -> tuple[Array, Array]:
-    """Stored bytes of a random matrix, and what they mean."""
-    data = reference.encode(dtype, random(rng, rows, cols))
-    return data, reference.decode_row(dtype, data).reshape(rows, cols)
 
 
 def rounded_once(

@@ -118,6 +118,11 @@ cdef bint fits_adapter(Tensor w, Tensor down, Tensor up):
     return down.cols == w.cols and up.cols == w.rows and up.rows == down.rows
 
 
+cdef double product_flops(Tensor rows, Tensor w):
+    """Of rows, of activations or gradients, that meet all of w."""
+    return 2.0 * rows.rows * w.rows * w.cols
+
+
 cdef void *place_of(Tensor packed):
     return NULL if packed is None else packed.data
 
@@ -169,9 +174,7 @@ cdef class Linear(Node):
         return weight_label("linear", self.inputs[1])
 
     def work(self) -> tuple[float, float]:
-        cdef Tensor w = self.inputs[1]
-        _, n_bytes = super().work()
-        return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
+        return product_flops(self.inputs[0], self.inputs[1]), super().work()[1]
 
     def gradient(self, grads):
         cdef Tensor x, w, u, b, base
@@ -239,9 +242,7 @@ cdef class LinearBack(Node):
         return weight_label("linear back", self.inputs[1])
 
     def work(self) -> tuple[float, float]:
-        cdef Tensor w = self.inputs[1]
-        _, n_bytes = super().work()
-        return 2.0 * (<Tensor>self.inputs[0]).rows * w.rows * w.cols, n_bytes
+        return product_flops(self.inputs[0], self.inputs[1]), super().work()[1]
 
 
 def linear(
@@ -372,7 +373,7 @@ cdef class FeedForward(Node):
     def work(self) -> tuple[float, float]:
         cdef Tensor x = self.inputs[0], w
         _, n_bytes = super().work()
-        return sum([2.0 * x.rows * w.rows * w.cols for w in self.inputs[1:4]]), n_bytes
+        return sum([product_flops(x, w) for w in self.inputs[1:4]]), n_bytes
 
 
 def feed_forward(
